@@ -1,0 +1,72 @@
+"""Fetch the datasets of the README from the Hugging Face hub, or from a mirror of it."""
+
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stories.read import BLOCK, UserError
+
+DATASETS = {  # name: (repository, file, the key of the story)
+    "tinystories-zh": ("adam89/TinyStoriesChinese", "TinyStories_all_data_zh.tar.gz", "story_zh"),
+    "tinystories": ("roneneldan/TinyStories", "TinyStories_all_data.tar.gz", "story"),
+}
+
+
+def download(dataset: str, folder: Path) -> Path:
+    """Fetch a dataset's archive from the Hugging Face hub, or from the mirror HF_ENDPOINT names.
+
+    What has arrived is kept in a .part file, and a later call (or try) goes on from there.
+    """
+    repository, file, _ = DATASETS[dataset]
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/datasets/{repository}/resolve/main/{file}"
+    path, part, tag = folder / file, folder / f"{file}.part", folder / f"{file}.etag"
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while not path.exists():
+        done = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url)
+        if done and tag.exists():
+            request.add_header("Range", f"bytes={done}-")
+            request.add_header("If-Range", tag.read_text())  # a file changed since then comes whole
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                done = done if reply.status == 206 else 0
+                tag.write_text(reply.headers.get("ETag", ""))
+                total = done + int(reply.headers["Content-Length"])
+                with (
+                    open(part, "ab" if done else "wb") as f,
+                    tqdm(total=total, initial=done, desc=file, unit="B", unit_scale=True, disable=None) as bar,
+                ):
+                    while chunk := reply.read(BLOCK):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+                        failures = 0
+                    f.flush()
+                    os.fsync(f.fileno())
+            if part.stat().st_size < total:
+                raise ConnectionError("the connection broke")
+            os.replace(part, path)
+            tag.unlink()
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # the part is longer than the file: begin again
+                part.unlink()
+            elif e.code < 500:
+                raise UserError(f"{url}: {e.code} {e.reason}; set HF_ENDPOINT to use a mirror") from None
+            failures += 1
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+            failures += 1
+            reason = getattr(e, "reason", e)
+            print(f"{url}: {reason}; trying again", file=sys.stderr)
+        if failures > 5:
+            raise UserError(
+                f"{url}: gave up after {failures} tries; run again to go on, or set HF_ENDPOINT to a mirror"
+            )
+        time.sleep(2**failures - 1)
+    return path

@@ -1,0 +1,284 @@
+"""Write the embedded corpus: expand the hand-written plots of stories/plots into micro-stories.
+
+    python -m stories.generate --out data/stories.jsonl        write the corpus
+    python -m stories.generate --check                         look for mistakes in the plots
+    python -m stories.generate --show 5 --plot 借来的铲子        read a few stories of one plot
+
+How a plot is written is told in stories/README.md. The same plots give the same bytes on every
+machine: the only source of chance is `random.Random.random`, whose sequence Python promises to keep.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MIN_CHARS, MAX_CHARS = 120, 300
+FEATURES = ("对话", "转折", "坏结局", "寓意", "伏笔", "冲突")
+CHOICE = re.compile(r"\[([^\[\]]*)\]")  # [快|慢]: the innermost brackets
+SLOT = re.compile(r"\{([^{}.]+)(?:\.([^{}]+))?\}")  # {A}, {A.家}, {物}
+GUARD = re.compile(r"<([^<>]*)>\s*")
+TAG = re.compile(r"\s*#(\S+)")
+
+
+@dataclass
+class Telling:
+    """One way to tell a beat: when it may be used, what it says, which features it brings."""
+
+    guards: list[str]
+    text: str
+    features: list[str]
+
+
+@dataclass
+class Plot:
+    name: str
+    where: str
+    cast: dict[str, list[str]] = field(default_factory=dict)  # hero letter -> groups to draw from
+    slots: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)  # columns, rows
+    features: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    summaries: list[Telling] = field(default_factory=list)
+    beats: list[list[Telling]] = field(default_factory=list)
+
+
+def read_cast(path: Path = HERE / "cast.txt") -> tuple[dict, dict]:
+    """Return (names by list, animals by group); an animal is a dict of the table's columns."""
+    names, animals, columns = {}, {}, None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            kind, values = line[1:].split("]")
+            names[kind] = values.split()
+        elif columns is None:
+            columns = line.split()
+        else:
+            animal = dict(zip(columns, line.split(), strict=True))
+            animals.setdefault(animal["类别"], []).append(animal)
+    return names, animals
+
+
+def read_plots(folder: Path = HERE / "plots") -> list[Plot]:
+    """Parse every plot file, in the order of the files' names. Raises ValueError naming the line."""
+    plots = []
+    for path in sorted(folder.glob("*.txt")):
+        plot, block = None, None
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            where = f"{path.name}:{number}"
+            line = line.strip()
+            if not line or line.startswith("//"):
+                continue
+            if line.startswith("== "):
+                plot = Plot(line[3:], where)
+                plots.append(plot)
+            elif plot is None:
+                raise ValueError(f"{where}: text before the first '== name' line")
+            elif line == "summary":
+                block = plot.summaries
+            elif line == "beat":
+                block = []
+                plot.beats.append(block)
+            elif line.startswith("- "):
+                if block is None:
+                    raise ValueError(f"{where}: a telling before 'summary' or 'beat'")
+                text = line[2:]
+                guards = [g for guard in GUARD.findall(text) for g in guard.split()]
+                block.append(Telling(guards, TAG.sub("", GUARD.sub("", text)), TAG.findall(text)))
+            elif line.startswith(("features:", "words:")):
+                setattr(plot, line.split(":")[0], line.split(":", 1)[1].split())
+            elif re.fullmatch(r"[A-Z] = .+", line):
+                plot.cast[line[0]] = line[4:].split()
+            elif " = " in line:
+                left, right = line.split(" = ", 1)
+                columns, rows = left.split(), [row.split() for row in right.split("|")]
+                if any(len(row) != len(columns) for row in rows):
+                    raise ValueError(f"{where}: a row does not have {len(columns)} columns")
+                plot.slots.append((columns, rows))
+            else:
+                raise ValueError(f"{where}: cannot read {line!r}")
+    return plots
+
+
+def pick(rng: random.Random, options: list):
+    # Not rng.choice: only random() is promised to stay the same in later Pythons.
+    return options[int(rng.random() * len(options))]
+
+
+def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict, taken: set) -> dict:
+    """Draw one character. `taken` holds the names and kinds already in the story."""
+    while True:
+        group = pick(rng, groups)
+        if group == "孩子":
+            sex = pick(rng, ["男孩", "女孩"])
+            name = kind = pick(rng, names[sex])
+            hero = {"名": name, "种类": sex, "他": "他" if sex == "男孩" else "她", "走": "走", "家": "家"}
+            hero |= {"介": pick(rng, [f"一个叫{name}的小{sex}", f"小{sex}{name}"]), "吃": "饼干", "手": "手"}
+            hero |= {"妈": "妈妈", "爸": "爸爸", "类别": "孩子"}
+        else:
+            animal = pick(rng, animals[group])
+            name = kind = animal["种类"]
+            intro = f"一{animal['量']}{kind}"
+            if rng.random() < 0.4:  # some animals have a name of their own
+                name = pick(rng, names["小名"])
+                intro = pick(rng, [f"一{animal['量']}叫{name}的{kind}", f"{kind}{name}"])
+            hero = animal | {"名": name, "介": intro, "他": "它"}
+        if not {name, kind} & taken:
+            taken |= {name, kind}
+            return hero
+
+
+def tell(rng: random.Random, plot: Plot, names: dict, animals: dict) -> dict:
+    """Expand one plot into one story, a record in TinyStoriesChinese's schema."""
+    taken, values, facts = set(), {}, set()
+    for letter, groups in plot.cast.items():
+        hero = values[letter] = draw_hero(rng, groups, names, animals, taken)
+        facts |= {letter + hero["类别"], letter + hero["种类"]}
+    for columns, rows in plot.slots:
+        row = pick(rng, rows)
+        values |= dict(zip(columns, row, strict=True))
+        facts |= set(row)
+
+    features = set(plot.features)
+
+    def fill(match: re.Match) -> str:
+        value = values[match[1]]
+        return value[match[2] or "名"] if isinstance(value, dict) else value
+
+    def expand(tellings: list[Telling]) -> str:
+        fits = [t for t in tellings if all((g[0] != "!") == (g.lstrip("!") in facts) for g in t.guards)]
+        if not fits:
+            return ""
+        telling = pick(rng, fits)
+        features.update(telling.features)
+        text = telling.text
+        while CHOICE.search(text):
+            text = CHOICE.sub(lambda m: pick(rng, m[1].split("|")), text, count=1)
+        return SLOT.sub(fill, text)
+
+    story = "".join(expand(beat) for beat in plot.beats)
+    if "“" in story:
+        features.add("对话")
+    words = [w for w in plot.words if w in story]
+    sentences = [s for s in re.findall(r"[^。！？“”]+[。！？]", story) if 8 <= len(s) <= 40]
+    chosen = []
+    while len(chosen) < 3 and words:
+        chosen.append(words.pop(int(rng.random() * len(words))))
+    return {
+        "story_zh": story,
+        "summary_zh": expand(plot.summaries),
+        "instruction": {"words": chosen, "features": [f for f in FEATURES if f in features]},
+        "sentence_zh": pick(rng, sentences) if sentences else "",
+        "source": plot.name,
+    }
+
+
+def stories(count: int, seed: int = 0):
+    """Yield `count` distinct stories of MIN_CHARS to MAX_CHARS characters, all plots in equal parts."""
+    (names, animals), plots = read_cast(), read_plots()
+    rng, seen = random.Random(seed), set()
+    while len(seen) < count:
+        story = tell(rng, pick(rng, plots), names, animals)
+        text = story["story_zh"]
+        if text not in seen and MIN_CHARS <= len(text) <= MAX_CHARS and len(story["instruction"]["words"]) == 3:
+            seen.add(text)
+            yield story
+
+
+def write_corpus(path: Path, count: int = 24_000) -> None:
+    """Write the corpus as JSON lines. The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8", newline="\n") as f:
+        for story in stories(count):
+            f.write(json.dumps(story, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def check(plots: list[Plot], tries: int = 300) -> list[str]:
+    """Look for mistakes in the plots and return them, a line each."""
+    names, animals = read_cast()
+    groups, found = {"孩子", *animals}, []
+    for plot in plots:
+        columns = {c for cs, _ in plot.slots for c in cs}
+        rows = {value for _, rows in plot.slots for row in rows for value in row}
+        kinds = {a["种类"] for group in animals.values() for a in group} | groups | {"男孩", "女孩"}
+        facts = rows | {letter + kind for letter in plot.cast for kind in kinds}
+        used = {letter for letter in plot.cast for beat in plot.beats for t in beat if f"{{{letter}" in t.text}
+        found += [
+            f"{plot.where}: {plot.name}: unknown group {g}" for gs in plot.cast.values() for g in set(gs) - groups
+        ]
+        found += [f"{plot.where}: {plot.name}: {letter} is cast but never named" for letter in set(plot.cast) - used]
+        found += [f"{plot.where}: {plot.name}: unknown feature {f}" for f in set(plot.features) - set(FEATURES)]
+        if len(plot.beats) < 5 or not plot.summaries or len(set(plot.words)) < 10:
+            found.append(f"{plot.where}: {plot.name}: needs at least 5 beats, a summary and 10 words")
+        for telling in [*plot.summaries, *(t for beat in plot.beats for t in beat)]:
+            bad = [f"guard <{g}> never holds" for g in telling.guards if g.lstrip("!") not in facts]
+            bad += [f"unknown slot {{{a}}}" for a, _ in SLOT.findall(telling.text) if a not in columns | set(plot.cast)]
+            bad += [f"unknown feature #{f}" for f in telling.features if f not in FEATURES]
+            bad += [c for c in "[]{}<>" if telling.text.count(c) != telling.text.count({"[": "]", "{": "}"}.get(c, c))]
+            if re.search(r"[,!?:;\"']|\.(?![^{}]*\})", telling.text):
+                bad.append("Western punctuation")
+            if telling.text.count("“") != telling.text.count("”"):
+                bad.append("quotes do not match")
+            found += [f"{plot.where}: {plot.name}: {b} in {telling.text!r}" for b in bad]
+        if any(f.startswith(f"{plot.where}: {plot.name}") for f in found):
+            continue
+        rng = random.Random(1)
+        told = [tell(rng, plot, names, animals) for _ in range(tries)]
+        good = [s for s in told if MIN_CHARS <= len(s["story_zh"]) <= MAX_CHARS and len(s["instruction"]["words"]) == 3]
+        text = "".join(s["story_zh"] for s in told)
+        if len(good) < 0.9 * tries:
+            short = sum(len(s["story_zh"]) < MIN_CHARS for s in told)
+            long = sum(len(s["story_zh"]) > MAX_CHARS for s in told)
+            found.append(
+                f"{plot.where}: {plot.name}: of {tries} stories {short} are under {MIN_CHARS} characters, "
+                f"{long} over {MAX_CHARS}, {tries - len(good) - short - long} lack three words"
+            )
+        found += [f"{plot.where}: {plot.name}: the word {w} occurs in no story" for w in plot.words if w not in text]
+        for pattern in ("。。", "，，", "，。", "。，", "！。", "。！", "？。", "：。", "的的", "了了", "{", "[", "]"):
+            if pattern in text:
+                found.append(f"{plot.where}: {plot.name}: {pattern!r} in a story")
+        if any(not s["summary_zh"] or not s["sentence_zh"] for s in told):
+            found.append(f"{plot.where}: {plot.name}: a story without a summary or a sentence")
+        tellings = [len(b) for b in plot.beats if len(b) < 3]
+        if tellings:
+            found.append(f"{plot.where}: {plot.name}: {len(tellings)} beats have fewer than 3 tellings")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="write the corpus to this file")
+    parser.add_argument("--count", type=int, default=24_000)
+    parser.add_argument("--check", action="store_true", help="look for mistakes in the plots")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N stories")
+    parser.add_argument("--plot", help="only the plots whose name or file name contains this")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    plots = [p for p in read_plots() if not args.plot or args.plot in p.name or args.plot in p.where]
+    names, animals = read_cast()
+    rng = random.Random(args.seed)
+    for i in range(args.show):
+        story = tell(rng, plots[i % len(plots)], names, animals)
+        labels = story["instruction"]
+        print(f"《{story['source']}》{len(story['story_zh'])}字  {story['summary_zh']}")
+        print(f"  词汇：{'，'.join(labels['words'])}  特点：{'，'.join(labels['features'])}")
+        print(f"  {story['story_zh']}\n")
+    if args.check:
+        found = check(plots)
+        print("\n".join(found) or f"{len(plots)} plots, nothing to mend")
+        sys.exit(1 if found else 0)
+    if args.out:
+        write_corpus(args.out, args.count)
+
+
+if __name__ == "__main__":
+    main()

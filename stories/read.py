@@ -1,0 +1,187 @@
+"""Read stories from files: .jsonl, .json, .txt and .csv, each also as .gz, and .tar.gz archives of them.
+
+Everything is streamed, so that memory does not grow with the input.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import tarfile
+import zlib
+from glob import glob
+from pathlib import Path
+
+from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".csv")
+DOCUMENT_END = "<|endoftext|>"  # separates stories in .txt files; in a story it is plain text
+BLOCK = 1 << 20  # bytes of input in a block
+LONGEST = 1 << 24  # bytes of the longest line or record we are willing to hold
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file or key, what was found, what to do."""
+
+
+def find_inputs(inputs: list[str]) -> list[Path]:
+    """The files that files, folders and globs stand for, in a fixed order."""
+    files = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if p.is_file() and is_readable(p.name)]
+            if not found:
+                raise UserError(f"{name}: no {', '.join(SUFFIXES)}, .gz or .tar.gz file in this folder")
+        elif path.exists():
+            if not is_readable(name):
+                raise UserError(f"{name}: unknown kind of file; known are {', '.join(SUFFIXES)}, .gz, .tar.gz")
+            found = [path]
+        else:
+            found = [Path(p) for p in sorted(glob(name, recursive=True)) if is_readable(p)]
+            if not found:
+                raise UserError(f"{name}: no such file or folder")
+        files += found
+    return files
+
+
+def is_readable(name: str) -> bool:
+    return name.removesuffix(".gz").endswith((*SUFFIXES, ".tar"))
+
+
+# A block is (kind, name, number of its first line, data). Parsing JSON lines is slow and left to whoever
+# calls `texts_of`: such blocks are bytes. The other formats come as lists of stories.
+
+
+def read_blocks(files: list[Path], text_key: str, title: str):
+    """Stream the blocks of all files behind one progress bar, of bytes as they lie on the disk."""
+    total = sum(f.stat().st_size for f in files)
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        for path in files:
+            with open(path, "rb") as disk:
+                stream, name = CallbackIOWrapper(bar.update, disk, "read"), str(path)
+                if name.endswith(".gz"):
+                    stream = gzip.GzipFile(fileobj=stream)
+                try:
+                    if name.removesuffix(".gz").endswith(".tar"):
+                        # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
+                        with tarfile.open(fileobj=stream, mode="r|") as archive:
+                            for member in archive:
+                                if member.isfile() and member.name.endswith(SUFFIXES):
+                                    content = archive.extractfile(member)
+                                    yield from read_stream(content, f"{name}/{member.name}", text_key)
+                    else:
+                        yield from read_stream(stream, name, text_key)
+                except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as e:
+                    raise UserError(f"{name}: damaged or cut off ({e}); fetch it again") from None
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{name}: not UTF-8 ({e.reason}); convert the file first") from None
+
+
+def read_stream(stream, name: str, text_key: str):
+    kind = name.removesuffix(".gz").rsplit(".", 1)[1]
+    if kind == "jsonl":
+        for line, data in split_stream(stream, b"\n", name):
+            yield "jsonl", name, line, data
+    elif kind == "txt":
+        head = stream.read(BLOCK)  # stories of many lines end in a marker, which the head then shows
+        separator = DOCUMENT_END.encode() if DOCUMENT_END.encode() in head else b"\n"
+        for line, data in split_stream(stream, separator, name, head):
+            yield separator.decode(), name, line, data
+    else:
+        records = read_json(stream, name) if kind == "json" else read_csv(stream, name)
+        texts = (story_of(record, text_key, where) for where, record in records)
+        while block := list(itertools.islice(texts, 1000)):
+            yield "stories", name, 0, block
+
+
+def split_stream(stream, separator: bytes, name: str, head: bytes = b""):
+    """Yield (number of the first line, bytes) of about BLOCK bytes, each ending in `separator`."""
+    line, rest = 1, head.removeprefix(codecs.BOM_UTF8)
+    while data := stream.read(BLOCK):
+        if line == 1 and not rest:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        rest += data
+        cut = rest.rfind(separator) + len(separator)
+        if cut >= len(separator):
+            yield line, rest[:cut]
+            line += rest.count(b"\n", 0, cut)
+            rest = rest[cut:]
+        elif len(rest) > LONGEST:
+            raise UserError(f"{name}:{line}: over {LONGEST:,} bytes without an end; is this the right file?")
+    if rest:
+        yield line, rest
+
+
+def read_json(stream, name: str):
+    """Stream the elements of one JSON list, so that the file may be larger than memory."""
+    reader, decode = codecs.getreader("utf-8-sig")(stream), json.JSONDecoder().raw_decode
+    text, line, number = reader.read(BLOCK).lstrip(), 1, 0
+    if not text.startswith("["):
+        raise UserError(f"{name}: expected a JSON list, found {text[:20]!r}; JSON lines belong in a .jsonl file")
+    at = 1
+    while True:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        if text.startswith("]", at):
+            return
+        try:
+            record, end = decode(text, at)
+        except (ValueError, RecursionError) as e:  # broken, or only not all read yet
+            more = reader.read(BLOCK) if len(text) - at < LONGEST else ""
+            line += text.count("\n", 0, at)
+            if not more:
+                raise UserError(f"{name}:{line}: malformed JSON ({e})") from None
+            text, at = text[at:] + more, 0
+        else:
+            at, number = end, number + 1
+            yield f"{name}, element {number}", record
+
+
+def read_csv(stream, name: str):
+    csv.field_size_limit(LONGEST)
+    rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    try:
+        for row in rows:
+            yield f"{name}:{rows.line_num}", row
+    except csv.Error as e:
+        raise UserError(f"{name}:{rows.line_num}: malformed CSV ({e})") from None
+
+
+def story_of(record, text_key: str, where: str) -> str:
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object or a string, found {type(record).__name__}")
+    if text_key not in record:
+        keys = ", ".join(sorted(map(str, record))) or "none"
+        raise UserError(f"{where}: no key {text_key!r}; the keys here are {keys}; choose with --text_key")
+    if not isinstance(record[text_key], str):
+        raise UserError(f"{where}: {text_key!r} is a {type(record[text_key]).__name__}, not text")
+    return record[text_key]
+
+
+def texts_of(block: tuple, text_key: str) -> list[str]:
+    """The stories of one block, as they were written."""
+    kind, name, line, data = block
+    if kind == "stories":
+        return data
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        line += data.count(b"\n", 0, e.start)
+        raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert the file first") from None
+    if kind != "jsonl":
+        return text.split(kind)
+    texts = []
+    for number, row in enumerate(text.split("\n"), line):
+        if row and not row.isspace():
+            try:
+                record = json.loads(row)
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{name}:{number}: malformed JSON ({e})") from None
+            texts.append(story_of(record, text_key, f"{name}:{number}"))
+    return texts

@@ -1,0 +1,80 @@
+"""What the tests share: the repository, real data where it is at hand, and a run of real commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+def run_script(*args, check=True, timeout=300, **env):
+    """Run `python ARGS` in the repository's root as a user would; return the finished process."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)
+    if check:
+        assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+def assert_one_line_error(done, *words):
+    """The promise about every mistake of a user: exit status 2, one line, no traceback, these words in it."""
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    lines = [line for line in done.stderr.strip().splitlines() if "it/s" not in line and "B/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+TINY = {
+    "block_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "head_dim": 12,
+    "n_embd": 32,
+    "intermediate_size": 48,
+    "batch_size": 4,
+    "max_iters": 12,
+    "warmup_iters": 2,
+    "eval_interval": 6,
+    "eval_blocks": 6,
+    "log_interval": 2,
+    "save_interval": 4,
+    "compile": False,
+    "device": "cpu",
+}
+
+
+def tiny(**changes):
+    """TINY with changes, as command line arguments."""
+    return [f"--{key}={value}" for key, value in (TINY | changes).items()]
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A small prepared folder of the embedded corpus's own stories."""
+    from stories.generate import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "stories.jsonl", 400)
+    run_script("prepare.py", folder / "stories.jsonl", "--out_dir", folder / "data", "--vocab_size", 2000,
+               "--val_fraction", 0.1)  # fmt: skip
+    return folder / "data"
