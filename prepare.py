@@ -1,0 +1,297 @@
+"""Turn stories into tokens: read, clean, drop duplicates, train a tokenizer, write token files.
+
+    python prepare.py                                       the embedded corpus, into data/demo
+    python prepare.py stories.jsonl more/ --out_dir data/mine
+    python prepare.py --download tinystories-zh --out_dir data/microstories
+
+Writes into out_dir, which appears whole or not at all:
+    train.bin, val.bin   little-endian uint16 token ids, each story followed by the end token
+    tokenizer.model      the SentencePiece tokenizer
+    meta.json            what was counted, and the settings
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from stories.download import DATASETS, download
+from stories.generate import write_corpus
+from stories.read import LONGEST, UserError, find_inputs, read_blocks, texts_of
+
+SAMPLE = 8_000_000  # characters the tokenizer is trained on at most
+CONTROL = ["<|user|>", "<|assistant|>"]  # kept for instruction tuning; no text becomes one of them
+
+
+def run(main) -> None:
+    """Call main(); print a UserError, or the system's refusal (full disk, no permission), in one line."""
+    try:
+        main()
+    except UserError as e:
+        message = str(e)
+    except OSError as e:
+        message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cleaning. This and the encoding run in worker processes, a block at a time.
+
+
+def clean(text: str) -> str:
+    """Unicode NFC, line ends as \\n, no space around. Raises UnicodeEncodeError for half a character."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    text.encode()  # JSON can spell half of a surrogate pair, which is no text
+    return text
+
+
+def clean_block(block: tuple, text_key: str) -> tuple[list[str], collections.Counter]:
+    """The cleaned stories of a block, and how many were dropped for which reason."""
+    texts, dropped = [], collections.Counter()
+    for text in texts_of(block, text_key):
+        try:
+            text = clean(text)
+        except UnicodeEncodeError:
+            dropped["not_unicode"] += 1
+            continue
+        if not text:
+            dropped["empty"] += 1
+        elif "\u2581" in text:  # SentencePiece writes a space as this character: it would come back as one
+            dropped["unencodable"] += 1
+        else:
+            texts.append(text)
+    return texts, dropped
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a story. They tell duplicates, and on which side of the split it falls."""
+    return hashlib.blake2b(text.encode(), digest_size=16, key=b"split 1337").digest()
+
+
+def sample_block(block: tuple, text_key: str, limit: int) -> dict[bytes, str]:
+    texts, _ = clean_block(block, text_key)
+    return {d: text for text in texts if int.from_bytes((d := digest(text))[:8]) < limit}
+
+
+def encode_block(block: tuple, text_key: str) -> tuple:
+    """Returns digests, lengths in tokens, characters and bytes of the stories, all tokens, what was dropped."""
+    texts, dropped = clean_block(block, text_key)
+    end = [tokenizer.eos_id()]
+    ids = [story + end for story in tokenizer.encode(texts)]
+    return (
+        [digest(text) for text in texts],
+        np.array([[len(i), len(t), len(t.encode())] for i, t in zip(ids, texts, strict=True)]).reshape(-1, 3),
+        np.fromiter(itertools.chain.from_iterable(ids), dtype=np.uint16),
+        dropped,
+    )
+
+
+def set_tokenizer(model: bytes) -> None:
+    """Give a worker process its tokenizer, once."""
+    global tokenizer
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
+    """Like workers.map, but reads only a few blocks ahead, so that memory stays flat."""
+    waiting = collections.deque()
+    for block in blocks:
+        waiting.append(workers.submit(function, block, *args))
+        if len(waiting) > 2 * os.cpu_count():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model from its bytes. Raises UserError naming `name` when it cannot serve."""
+    try:
+        loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError):
+        raise UserError(f"{name}: not a SentencePiece model") from None
+    if not 0 < loaded.vocab_size() <= 65536:
+        raise UserError(f"{name}: {loaded.vocab_size():,} pieces; the uint16 token files hold at most 65,536")
+    if loaded.eos_id() < 0 or not loaded.is_control(loaded.eos_id()):
+        raise UserError(f"{name}: has no control token for the end of a text (eos)")
+    return loaded
+
+
+def train_tokenizer(texts, vocab_size: int) -> bytes:
+    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) and return the model's bytes."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a small corpus gets as many pieces as it can fill
+            character_coverage=0.9995,  # the rarest characters are spelt in bytes
+            byte_fallback=True,
+            # These four keep every character, so that decode(encode(story)) == story.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=LONGEST,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=CONTROL,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        reason = str(e).rsplit("] ", 1)[-1].split(". ")[0]
+        raise UserError(f"--vocab_size {vocab_size}: {reason}") from None
+    return model.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------
+# From inputs to a folder
+
+
+def write_bins(results, folder: Path, val_fraction: float) -> dict:
+    """Write the encoded stories to train.bin and val.bin, each story once; return the counts."""
+    border = int(val_fraction * 2**64)
+    counts = {split: np.zeros(4, dtype=np.int64) for split in ("train", "val")}
+    dropped, seen = collections.Counter(), set()
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for digests, sizes, tokens, block_dropped in results:
+            dropped += block_dropped
+            new = np.zeros(len(digests), dtype=bool)
+            for i, d in enumerate(digests):
+                if d not in seen:
+                    seen.add(d)
+                    new[i] = True
+            dropped["duplicate"] += int((~new).sum())
+            in_val = np.array([int.from_bytes(d[:8]) < border for d in digests], dtype=bool)
+            for split, file, chosen in (("train", train, new & ~in_val), ("val", val, new & in_val)):
+                tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tofile(file)
+                counts[split] += (chosen.sum(), *sizes[chosen].sum(axis=0))
+        for file in (train, val):
+            file.flush()
+            os.fsync(file.fileno())
+    names = ("stories", "tokens", "characters", "bytes")
+    result = {split: dict(zip(names, map(int, counts[split]), strict=True)) for split in counts}
+    return result | {"dropped": {k: dropped[k] for k in ("duplicate", "empty", "not_unicode", "unencodable")}}
+
+
+def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
+    """Do all the work into a folder beside out_dir and rename it. Returns what meta.json holds."""
+    made = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
+    if out_dir.exists() and not {p.name for p in out_dir.iterdir()} <= made:
+        raise UserError(f"{out_dir}: holds files that prepare.py did not make; choose another --out_dir")
+    beside, old = (out_dir.with_name(f"{out_dir.name}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        if args.tokenizer:
+            model = args.tokenizer.read_bytes()
+            load_tokenizer(model, args.tokenizer)
+        else:
+            with concurrent.futures.ProcessPoolExecutor(args.workers) as workers:
+                sample, limit = {}, 2**64
+                blocks = read_blocks(files, args.text_key, "reading")
+                # Stories whose digest lies below the limit are the sample. Halving the limit whenever
+                # they grow too many leaves a fair draw from all files, whatever their order and size.
+                for found in in_order(workers, sample_block, blocks, args.text_key, limit):
+                    sample |= found
+                    while sum(map(len, sample.values())) > SAMPLE:
+                        limit //= 2
+                        sample = {d: text for d, text in sample.items() if int.from_bytes(d[:8]) < limit}
+            if not sample:
+                raise UserError(f"{files[0]}: no stories found")
+            print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
+            model = train_tokenizer((sample[d] for d in sorted(sample)), args.vocab_size)
+        trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
+        if not args.tokenizer and trained.vocab_size() < args.vocab_size:
+            print(f"the corpus fills only {trained.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
+        with concurrent.futures.ProcessPoolExecutor(args.workers, None, set_tokenizer, (model,)) as workers:
+            blocks = read_blocks(files, args.text_key, "encoding")
+            meta = write_bins(in_order(workers, encode_block, blocks, args.text_key), beside, args.val_fraction)
+        for split in ("train", "val"):
+            if not meta[split]["stories"]:
+                raise UserError(f"--val_fraction {args.val_fraction}: leaves no story for the {split} split")
+        meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id()}
+        meta |= {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
+        meta |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+        for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2).encode())):
+            with open(beside / name, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        if out_dir.exists():
+            os.replace(out_dir, old)
+        os.replace(beside, out_dir)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return meta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Turn stories into tokens.", allow_abbrev=False)
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs (default: our own stories)")
+    parser.add_argument("--download", choices=DATASETS, help="fetch this dataset and prepare it")
+    parser.add_argument("--out_dir", type=Path, help="default: data/demo, or data/ and the dataset's name")
+    parser.add_argument("--vocab_size", type=int, default=8192, help="pieces of the tokenizer (at most 65536)")
+    parser.add_argument("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
+    parser.add_argument("--val_fraction", type=float, default=0.01, help="share of the stories held out")
+    parser.add_argument("--text_key", help="where a record has its story (default: story_zh)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    args = parser.parse_args()
+    if not 1 <= args.vocab_size <= 65536:
+        raise UserError(f"--vocab_size {args.vocab_size}: must lie between 1 and 65536, what uint16 can hold")
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    start = time.perf_counter()
+    if args.download:
+        files = [download(args.download, Path("data/downloads"))]
+        args.text_key = args.text_key or DATASETS[args.download][2]
+    elif not args.inputs:
+        files = [Path("data/stories.jsonl")]
+        print(f"writing the embedded corpus to {files[0]}", flush=True)
+        write_corpus(files[0])
+    else:
+        files = []
+    files += find_inputs(args.inputs)
+    args.text_key = args.text_key or "story_zh"
+    if args.inputs and not args.out_dir and not args.download:
+        raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
+    out_dir = args.out_dir or Path("data", args.download or "demo")
+    meta = prepare(files, out_dir, args)
+    for split in ("train", "val"):
+        c = meta[split]
+        print(
+            f"{out_dir}/{split}.bin: {c['stories']:,} stories, {c['characters']:,} characters, {c['tokens']:,} tokens "
+            f"({c['characters'] / c['tokens']:.2f} characters a token)"
+        )
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())
+    print(f"dropped: {reasons}; {time.perf_counter() - start:.1f} s in all")
+
+
+if __name__ == "__main__":
+    run(main)
