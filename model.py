@@ -1,0 +1,296 @@
+"""The model: a decoder-only transformer of today, in one file.
+
+Read it from the bottom up if you like the whole first (`GPT`), from the top down if you like the
+parts first. With `qk_norm` off it computes exactly what Llama computes, with it on what Qwen3 computes.
+
+Letters in the shape comments: B sequences in a batch, T tokens in a sequence, C = n_embd,
+H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S slots in a key-value cache.
+"""
+
+import math
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from prepare import UserError
+
+IGNORE = -100  # a target of this value is not learned from
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model. It is stored in every checkpoint."""
+
+    vocab_size: int
+    block_size: int  # the longest sequence, in tokens
+    n_layer: int
+    n_head: int
+    n_kv_head: int  # GQA: n_head / n_kv_head query heads share one key and value head
+    head_dim: int  # need not be n_embd / n_head
+    n_embd: int
+    intermediate_size: int  # the width inside SwiGLU
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+
+    def __post_init__(self):
+        for name in list(vars(self))[:8]:  # the counts
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of numbers")
+
+
+def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosines and sines of RoPE (Su et al. 2021, arXiv:2104.09864, equation 15), each (block_size, D).
+
+    Position t turns the pair (i, i + D/2) of every query and key by the angle t * theta^(-2i/D).
+    A product of two vectors so turned depends only on how far apart they stand.
+    """
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # (D/2,)
+    angle = torch.outer(torch.arange(config.block_size).float(), frequency)  # (block_size, D/2)
+    angle = torch.cat((angle, angle), dim=-1)  # (block_size, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x, (B, heads, T, D), by the angles of cos and sin, each (T, D) or (B, 1, T, D)."""
+    left, right = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), with optional QK-norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+        # QK-norm keeps the products of attention small, so that a high learning rate stays stable.
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, mask=None, cache=None, positions=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        # Norm and rotation in float32, whatever autocast made of the products before and after them.
+        q = rotate(self.q_norm(q.float()), cos, sin).to(v.dtype)  # (B, H, T, D)
+        k = rotate(self.k_norm(k.float()), cos, sin).to(v.dtype)  # (B, K, T, D)
+        if cache is not None:
+            # The cache has a slot for every position, so its shape never changes: new keys and values
+            # are written at their own positions, and the mask hides the slots not reached yet.
+            slots = positions[:, None, :, None].expand_as(k)  # (B, K, T, D)
+            k = cache[0].scatter_(2, slots, k.to(cache[0].dtype))  # (B, K, S, D)
+            v = cache[1].scatter_(2, slots, v.to(cache[1].dtype))  # (B, K, S, D)
+            q = q.to(k.dtype)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """One layer: attention mixes the tokens, SwiGLU works on each, both added to the stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, positions=None):
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache, positions)  # (B, T, C)
+        return x + self.mlp(self.mlp_norm(x))  # (B, T, C)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of x @ weight.T against targets, without ever holding all the logits.
+
+    The logits, (N, V), would be the largest tensor of a training step. Their gradient is known as soon
+    as they are (softmax minus one at the target), so forward makes `rows` of them at a time, turns them
+    into the gradients of x and weight, and forgets them. `F.linear_cross_entropy` does the same, but
+    returns the sum in the type of x: in bfloat16 a loss of 2.31 and one of 2.32 are the same number.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows=2048):
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, x.size(0), rows):
+            part, target = x[start : start + rows], targets[start : start + rows, None]  # (R, C), (R, 1)
+            learned = target != IGNORE  # (R, 1)
+            log_p = F.linear(part, weight).float().log_softmax(dim=-1)  # (R, V)
+            total -= (log_p.gather(1, target.clamp(min=0)) * learned).sum()
+            one_hot = torch.arange(weight.size(0), device=x.device) == target  # (R, V)
+            grad = ((log_p.exp() - one_hot.float()) * learned).to(x.dtype)  # (R, V)
+            grad_x[start : start + rows] = grad @ weight
+            grad_weight += grad.t() @ part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_output, grad_weight * grad_output, None, None
+
+
+def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum, in nats and float32, of the cross entropies of hidden states x, (N, C), and targets, (N,)."""
+    if torch.is_autocast_enabled(x.device.type):  # matrices multiplied by hand must be cast by hand
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return ChunkedCrossEntropy.apply(x, weight, targets)
+
+
+class GPT(nn.Module):
+    """Tokens in, the next token's logits (or the loss) out. The embedding is also the output matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        cos, sin = rope_table(config)
+        self.register_buffer("cos", cos, persistent=False)  # recomputed, not stored in checkpoints
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal(0, 0.02); what is added to the stream is scaled down by depth (GPT-2, section 2.3)."""
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                continue  # the gains of RMSNorm start at 1
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(weight, std=std)
+
+    def hidden(self, tokens, documents=None, positions=None, cache=None):
+        """The final hidden states, (B, T, C), of tokens, (B, T).
+
+        A token looks at itself and all before it; with documents, (B, T), numbers that tell the texts of
+        a row apart, only at those of its own text. (Where the text begins in the row does not matter:
+        RoPE knows only distances.)
+        positions, (B, T), say where each token stands; without them they count from 0.
+        cache is what `new_cache` gave: keys and values of `positions` are written into it.
+        """
+        mask = None
+        if positions is None:
+            cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]  # (T, D)
+        else:
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, D)
+        if documents is not None:
+            same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+            mask = same.tril()[:, None]  # (B, 1, T, T)
+        if cache is not None:
+            slots = torch.arange(cache[0][0].size(2), device=tokens.device)  # (S,)
+            mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+        x = self.embedding(tokens)  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, cache and cache[layer], positions)  # (B, T, C)
+        return self.norm(x)  # (B, T, C)
+
+    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None):
+        """Without targets the logits, (B, T, V); with them, (B, T), the summed loss over those not IGNORE."""
+        x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
+        if targets is None:
+            return F.linear(x, self.embedding.weight)  # (B, T, V)
+        return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten())
+
+    def new_cache(self, batch: int, slots: int, dtype=torch.float32) -> list:
+        """An empty key-value cache: for each layer two tensors, (batch, K, slots, D)."""
+        shape = (batch, self.config.n_kv_head, slots, self.config.head_dim)
+        device = self.embedding.weight.device
+        return [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in self.blocks]
+
+    def count_parameters(self) -> int:
+        """All parameters; the tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating point operations of training on one token of a sequence of `length` tokens.
+
+        A multiplication and an addition per weight forward, twice that backward: 6 for each weight of a
+        matrix (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). A token looks back at length / 2
+        others on average: 6 * length * H * D for each layer (no work is counted for the masked half).
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        return 6 * weights + 6 * c.n_layer * length * c.n_head * c.head_dim
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints: one file holds the weights, the shape and the tokenizer, and so samples anywhere.
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first. Their names are ckpt_ and the step."""
+    numbered = [(int(m[1]), p) for p in folder.glob("ckpt_*.pt") if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Load a checkpoint onto the CPU; only tensors and plain values are let in, never code.
+
+    `path` is a file, or a folder whose newest checkpoint is meant. Raises UserError.
+    """
+    if path.is_dir():
+        found = find_checkpoints(path)
+        if not found:
+            raise UserError(f"{path}: no checkpoint (ckpt_*.pt) in this folder; has the training saved one?")
+        path = found[0]
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: refused: not a checkpoint, or one that would run code when loaded") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: damaged or cut off ({str(e).splitlines()[0]}); use an older checkpoint") from None
+    missing = {"model", "model_config", "tokenizer", "step", "settings"} - set(
+        checkpoint if isinstance(checkpoint, dict) else ()
+    )
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of this program: {', '.join(sorted(missing))} missing")
+    return checkpoint
+
+
+def build_model(checkpoint: dict, path: Path) -> GPT:
+    """The model a checkpoint holds, in float32 on the CPU. Raises UserError naming `path`."""
+    try:
+        config = ModelConfig(**checkpoint["model_config"])
+        if sum(name.endswith("q_proj.weight") for name in checkpoint["model"]) != config.n_layer:
+            raise ValueError(f"{config.n_layer} layers are told of, but not that many are there")
+        model = GPT(config)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{path}: weights and shape do not fit ({str(e).splitlines()[0]})") from None
+    return model

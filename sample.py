@@ -1,0 +1,171 @@
+"""Tell stories from a checkpoint.
+
+    python sample.py --ckpt out/demo
+    python sample.py --ckpt out/demo --prompt 从前 --num 5 --temperature 1.0
+    python sample.py --ckpt out/demo --interactive
+
+All stories are decoded as one batch with a key-value cache; the first streams to the terminal.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from model import GPT, build_model, read_checkpoint
+from prepare import UserError, clean, load_tokenizer, run
+
+
+def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Set to -inf all but the top_k likeliest tokens, and of these all but the fewest that hold top_p.
+
+    logits: (B, V). top_k = 0 and top_p = 1.0 keep all. Nucleus: Holtzman et al. 2020, arXiv:1904.09751.
+    """
+    values, tokens = logits.sort(dim=-1, descending=True)  # (B, V), (B, V)
+    if top_k:
+        values[:, top_k:] = -torch.inf
+    p = values.softmax(dim=-1)  # (B, V)
+    values[p.cumsum(dim=-1) - p >= top_p] = -torch.inf  # what stands before a token holds top_p already
+    return torch.empty_like(logits).scatter_(1, tokens, values)  # (B, V)
+
+
+def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
+    """Draw the next token of every row, (B,), from logits, (B, V). `seen`, (B, V): what has occurred."""
+    if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalized, logits)  # (B, V)
+    if temperature == 0:
+        return logits.argmax(dim=-1)  # (B,)
+    p = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)  # (B, V)
+    # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i]; unlike
+    # torch.multinomial this does not make the CPU wait for the GPU.
+    noise = torch.empty_like(p).exponential_(generator=generator)  # (B, V)
+    return (p / noise).argmax(dim=-1)  # (B,)
+
+
+def prefill(model: GPT, prompts: list[list[int]], slots: int) -> tuple:
+    """Read all prompts at once. Returns the last logits of each, (B, V), where these stand, (B,), which
+    tokens have occurred, (B, V), and the cache, of `slots` positions."""
+    device = model.embedding.weight.device
+    # Shorter prompts are filled up on the right. The filling is never seen: a token looks only at
+    # positions up to its own, and by then the row's own tokens have been written over it.
+    longest = max(map(len, prompts))
+    tokens = torch.tensor(
+        [prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts], device=device
+    )  # (B, T)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (B,)
+    positions = torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
+    cache = model.new_cache(len(prompts), slots)
+    logits = model(tokens, positions=positions, cache=cache)  # (B, T, V)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
+    return logits[torch.arange(len(prompts), device=device), last], last, seen.scatter_(1, tokens, True), cache
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    end_token: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 0.95,
+    repetition_penalty: float = 1.0,
+    seed: int = 1337,
+):
+    """Continue every prompt, all as one batch. Yields the next token of each row, (B,), step by step.
+
+    Prompts may differ in length but none may be empty. A row goes on as end_token once it has ended.
+    Stops when all have ended, after max_new_tokens, or when the longest row fills block_size.
+    """
+    longest = max(map(len, prompts))
+    slots = min(longest + max_new_tokens, model.config.block_size)
+    logits, last, seen, cache = prefill(model, prompts, slots)
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)
+    for _ in range(slots - longest):
+        token = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)  # (B,)
+        token = torch.where(ended, end_token, token)  # (B,)
+        yield token
+        ended |= token == end_token
+        if ended.all():
+            return
+        seen.scatter_(1, token[:, None], True)
+        last = last + 1
+        # Decode: one token a row, the cache standing for all before it.
+        logits = model(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
+
+
+def tell(model, tokenizer, prompt: str, num: int, write=None, **options) -> list[str]:
+    """`num` stories that begin with `prompt`. The first is passed to `write` piece by piece, as it is made."""
+    end = tokenizer.eos_id()
+    ids = [end, *tokenizer.encode(clean(prompt))]  # a story begins where another has ended
+    if len(ids) >= model.config.block_size:
+        raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.config.block_size - 1:,}")
+    stories = [ids[1:] for _ in range(num)]
+    written = 0
+    for token in generate(model, [ids] * num, end_token=end, **options):
+        for story, t in zip(stories, token.tolist(), strict=True):
+            if t != end:
+                story.append(t)
+        text = tokenizer.decode(stories[0])
+        if write and not text.endswith("\ufffd"):  # the last token may be only a part of a character
+            write(text[written:])
+            written = len(text)
+    texts = [tokenizer.decode(story) for story in stories]
+    if write:
+        write(texts[0][written:])
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tell stories from a checkpoint.", allow_abbrev=False)
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--prompt", default="", help="how the stories begin")
+    parser.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
+    parser.add_argument("--num", type=int, default=3, help="stories to tell")
+    parser.add_argument("--max_new_tokens", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--interactive", action="store_true", help="keep asking for prompts")
+    args = parser.parse_args()
+    for key, least in (("num", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not getattr(args, key) >= least:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
+    if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
+        raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+
+    checkpoint = read_checkpoint(args.ckpt)
+    model = build_model(checkpoint, args.ckpt).to(args.device).eval()
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
+    options = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    options = {key: getattr(args, key) for key in options}
+
+    def show(prompt: str) -> None:
+        stories = tell(model, tokenizer, prompt, args.num, lambda text: print(text, end="", flush=True), **options)
+        for story in stories[1:]:
+            print(f"\n---\n{story}", end="")
+        print(flush=True)
+
+    if args.interactive:
+        print("Type how a story begins, then Enter; Ctrl-D ends.", file=sys.stderr)
+        for line in sys.stdin:
+            show(line.rstrip("\n"))
+    elif args.prompt_file:
+        try:
+            show(args.prompt_file.read_text(encoding="utf-8").rstrip("\n"))
+        except UnicodeDecodeError as e:
+            raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
+    else:
+        show(args.prompt)
+
+
+if __name__ == "__main__":
+    run(main)

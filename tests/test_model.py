@@ -1,0 +1,222 @@
+"""The model against independent references: transformers' Llama and Qwen3, and counts by hand."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model import GPT, IGNORE, ModelConfig, build_model, summed_loss
+from sample import choose, generate, prefill
+
+SHAPE = {"vocab_size": 97, "block_size": 40, "n_layer": 3, "n_head": 6, "n_kv_head": 2, "head_dim": 10, "n_embd": 36}
+SHAPE |= {"intermediate_size": 44, "rope_theta": 5000.0}
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**SHAPE | changes))
+    for p in model.parameters():  # gains other than 1, weights large enough to matter
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_logits_equal_transformers(qk_norm):
+    transformers = pytest.importorskip("transformers")
+    ours, c = small(qk_norm=qk_norm), ModelConfig(**SHAPE)
+    kind = "Qwen3" if qk_norm else "Llama"
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rope_theta=c.rope_theta,
+        tie_word_embeddings=True, attention_bias=False,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    state = {}
+    for name, weight in ours.state_dict().items():
+        for a, b in (("blocks.", "model.layers."), ("attention_norm", "input_layernorm"), ("attention.", "self_attn."),
+                     ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
+            name = name.replace(a, b) if name not in names else name
+        state[names.get(name, name)] = weight
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    tokens = torch.randint(0, c.vocab_size, (3, c.block_size))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_counts_by_hand():
+    model = small()
+    embedding = 97 * 36
+    layer = 36 * 60 + 2 * 36 * 20 + 60 * 36 + 3 * 36 * 44  # q, k and v, o, SwiGLU
+    gains = 3 * (2 * 36 + 2 * 10) + 36
+    assert model.count_parameters() == embedding + 3 * layer + gains
+    # Per token: 2 operations a weight forward, 4 backward; queries and values each meet 40 / 2 positions.
+    assert model.flops_per_token(40) == 6 * (embedding + 3 * layer) + 3 * 3 * 2 * 2 * 20 * 60
+
+
+def test_initial_scale():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**SHAPE | {"n_embd": 256, "intermediate_size": 512}))
+    assert abs(model.blocks[0].mlp.up_proj.weight.std() - 0.02) < 5e-4
+    assert abs(model.blocks[0].mlp.down_proj.weight.std() - 0.02 / 6**0.5) < 2e-4
+
+
+def test_loss_and_gradients_equal_float64_reference():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5000, 16), torch.randn(211, 16)  # more rows than one chunk
+    targets = torch.randint(0, 211, (5000,))
+    targets[::3] = IGNORE
+    ours = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    loss = summed_loss(*ours, targets) * 0.5
+    loss.backward()
+    ref = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    log_p = torch.log(torch.exp(ref[0] @ ref[1].T) / torch.exp(ref[0] @ ref[1].T).sum(1, keepdim=True))
+    expected = -sum(log_p[i, t] for i, t in enumerate(targets.tolist()) if t != IGNORE) * 0.5
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for a, b in zip(ours, ref, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_float32_under_autocast():
+    x, weight, targets = torch.randn(4096, 8), torch.randn(50, 8), torch.randint(0, 50, (4096,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = summed_loss(x, weight, targets)
+    expected = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
+    assert loss.dtype == torch.float32
+    assert abs(loss - expected) / expected < 2e-3
+
+
+def test_loss_never_holds_all_the_logits():
+    """The largest tensor made on the way is far below N x V."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    n, v = 8192, 1000
+    x, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
+    with Watch():
+        summed_loss(x, weight, torch.randint(0, v, (n,))).backward()
+    assert largest <= n * v / 4
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_cached_logits_equal_uncached(qk_norm):
+    model = small(qk_norm=qk_norm)
+    tokens = torch.randint(0, 97, (3, 30))
+    expected = model(tokens)
+    cache = model.new_cache(3, 35)
+    # Rows of different lengths: prefill 5 (filled up), 9 and 12 tokens, then one at a time.
+    lengths = torch.tensor([5, 9, 12])
+    positions = torch.arange(12).expand(3, 12)
+    filled = tokens[:, :12].clone()
+    filled[0, 5:], filled[1, 9:] = 1, 1
+    first = model(filled, positions=positions, cache=cache)
+    for row, n in enumerate(lengths):
+        torch.testing.assert_close(first[row, n - 1], expected[row, n - 1], atol=1e-5, rtol=1e-5)
+    for step in range(15):
+        at = lengths + step
+        one = model(tokens[torch.arange(3), at][:, None], positions=at[:, None], cache=cache)
+        torch.testing.assert_close(one[:, 0], expected[torch.arange(3), at], atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_generation_equals_a_loop_without_cache():
+    model = small()
+    prompts = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
+    made = torch.stack(list(generate(model, prompts, 20, end_token=0, temperature=0))).T.tolist()
+    for prompt, row in zip(prompts, made, strict=True):
+        tokens = list(prompt)
+        for token in row:
+            if 0 in tokens[len(prompt) :]:
+                assert token == 0  # ended rows stay ended
+                continue
+            assert token == model(torch.tensor([tokens]))[0, -1].argmax().item()
+            tokens.append(token)
+
+
+def test_sampling_follows_the_distribution():
+    """Frequencies of many draws against top-k, top-p and temperature worked out in plain Python."""
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -3.0])
+    temperature, top_k, top_p, n = 0.7, 4, 0.9, 200_000
+    weights = [torch.exp(v / temperature).item() for v in logits[:top_k]]
+    share, kept = 0.0, []
+    for w in weights:
+        if share >= top_p:
+            break
+        kept.append(w)
+        share += w / sum(weights)
+    expected = [w / sum(kept) for w in kept] + [0.0] * (len(logits) - len(kept))
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.zeros(n, 6, dtype=torch.bool)
+    drawn = choose(logits.expand(n, 6), seen, temperature, top_k, top_p, 1.0, generator)
+    found = torch.bincount(drawn, minlength=6) / n
+    torch.testing.assert_close(found, torch.tensor(expected), atol=0.005, rtol=0)
+    assert found[len(kept) :].sum() == 0
+
+
+def test_repetition_penalty():
+    logits, seen = torch.tensor([[2.0, 1.9, -1.0, -1.1]]), torch.tensor([[True, False, True, False]])
+    assert choose(logits, seen, 0, 0, 1.0, 1.3, None).item() == 1  # 2.0 / 1.3 < 1.9
+    assert choose(logits[:, 2:], seen[:, 2:], 0, 0, 1.0, 1.3, None).item() == 1  # -1.0 * 1.3 < -1.1
+
+
+@pytest.fixture
+def fake_cuda(tmp_path):
+    """FakeTensorMode knows CUDA tensors, but a PyTorch built without CUDA has no guard to switch devices.
+
+    Four lines of C++ register one that does nothing.
+    """
+    if not torch.backends.cuda.is_built():
+        if not shutil.which("c++"):
+            pytest.skip("no C++ compiler to stand in for CUDA")
+        folder, home = tmp_path, Path(torch.__file__).parent
+        (folder / "guard.cpp").write_text(
+            "#include <c10/core/impl/DeviceGuardImplInterface.h>\n"
+            "namespace c10::impl { using Guard = NoOpDeviceGuardImpl<DeviceType::CUDA>;\n"
+            "C10_REGISTER_GUARD_IMPL(CUDA, Guard) }\n"
+        )
+        command = ["c++", "-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "guard.cpp", "-lc10"]
+        subprocess.run([*command, "-o", "guard.so"], cwd=folder, check=True)
+        torch.ops.load_library(folder / "guard.so")
+    with FakeTensorMode():
+        yield
+
+
+def test_every_tensor_is_made_on_the_models_device(fake_cuda):
+    """Loss, cache and sampling on fake CUDA tensors: one made on the CPU would raise."""
+    with torch.device("cuda:0"):
+        model = GPT(ModelConfig(**SHAPE))
+    tokens = torch.zeros(2, 8, dtype=torch.long, device="cuda:0")
+    assert model(tokens).device.type == "cuda"
+    assert model(tokens, tokens).device.type == "cuda"  # makes the gradients of the output matrix too
+    logits, last, seen, cache = prefill(model, [[1, 2, 3], [4]], 16)
+    token = choose(logits, seen, 0.8, 50, 0.95, 1.1, None)
+    logits = model(token[:, None], positions=last[:, None] + 1, cache=cache)
+    assert token.device.type == logits.device.type == "cuda"
+
+
+def test_bad_shapes_are_refused():
+    for wrong in ({"n_kv_head": 4}, {"head_dim": 7}, {"n_layer": 0}, {"intermediate_size": 0}):
+        with pytest.raises(ValueError):
+            ModelConfig(**SHAPE | wrong)
+
+
+def test_build_model_restores(tmp_path):
+    model = small()
+    again = build_model({"model": model.state_dict(), "model_config": vars(model.config)}, tmp_path)
+    tokens = torch.randint(0, 97, (1, 8))
+    assert torch.equal(model(tokens), again(tokens))
