@@ -1,0 +1,39 @@
+"""The shape and recipe of the original experiment, for comparison: ChatGLM's 64,789 pieces.
+
+python prepare.py --download tinystories-zh --tokenizer chatglm_tokenizer.model --out_dir data/microstories_chatglm
+python train.py config/microstories_chatglm.py
+
+"""
+
+data_dir = "data/microstories_chatglm"
+out_dir = "out/microstories_chatglm"
+
+block_size = 512
+n_layer = 6
+n_head = 6
+n_kv_head = 6
+head_dim = 48
+n_embd = 512
+intermediate_size = 768
+qk_norm = False
+
+batch_size = 32
+gradient_accumulation_steps = 16  # 512 sequences a step
+max_iters = 10_000
+optimizer = "adamw"
+learning_rate = 5e-4
+schedule = "cosine"
+min_lr = 5e-5
+warmup_iters = 1000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+
+log_interval = 20
+eval_interval = 500
+eval_blocks = 512
+sample_interval = 500
+save_interval = 500
+
+dtype = "bfloat16"
