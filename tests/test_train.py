@@ -1,0 +1,1017 @@
+"""Training against independent references, and real runs stopped, killed, resumed and fed with bad input."""
+
+import ast
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, assert_one_line_error, metrics_of, run_script, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from model import GPT, IGNORE, ModelConfig, build_model, find_checkpoints, read_checkpoint
+from prepare import UserError, run
+from train import Settings, TokenFile, learning_rate_at
+
+SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
+MEASURED = ("tokens_per_second", "mfu", "peak_memory")  # what differs from run to run
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Training sets signal handlers, the type of algorithms and the random state: put them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    state = torch.get_rng_state()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+    torch.set_rng_state(state)
+
+
+def arguments(data_dir, out_dir, **changes):
+    return ["train.py", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *tiny(**changes)]
+
+
+def start(*args, **changes):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *args, *arguments(**changes)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, out_dir, step):
+    """Until metrics.jsonl has a line of this step or a later one."""
+    path = Path(out_dir) / "metrics.jsonl"
+    while not (path.exists() and any(json.loads(x)["step"] >= step for x in path.read_text().split("\n")[:-1])):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def same(a, b):
+    """Equal bit for bit, whatever lies inside what."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    else:
+        assert a == b
+
+
+def same_state(one, other):
+    """Two checkpoints hold the same weights, optimizers, random state and place in the data."""
+    one, other = read_checkpoint(one), read_checkpoint(other)
+    for key in one.keys() - {"settings"}:
+        same(one[key], other[key])
+
+
+def lines_of(folder):
+    """The lines of metrics.jsonl without what is measured on the way."""
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder)]
+
+
+def config_of(data_dir):
+    return ModelConfig(vocab_size=json.loads((Path(data_dir) / "meta.json").read_text())["vocab_size"], **SHAPE)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The arithmetic of a step
+
+
+class Rows:
+    """Sequences drawn by their number, with targets that are to be ignored: fewer in some rows than in others."""
+
+    def __init__(self, vocab_size, length):
+        self.vocab_size, self.length = vocab_size, length
+
+    def __len__(self):
+        return 50
+
+    def row(self, n):
+        rng = np.random.default_rng(n)
+        tokens = rng.integers(0, self.vocab_size, self.length + 1)
+        targets = tokens[1:].copy()
+        targets[rng.random(self.length) < (n % 5) / 5] = IGNORE
+        return tokens[:-1], targets
+
+    def batch(self, first, count):
+        tokens, targets = zip(*(self.row(n) for n in range(first, first + count)), strict=True)
+        return {"tokens": torch.tensor(np.stack(tokens)), "targets": torch.tensor(np.stack(targets))}
+
+
+def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_token_loss, **changes):
+    """Call the loop itself. Returns the model and the gradients of each step, summed over its micro-batches."""
+    s = Settings(**TINY | {"data_dir": str(tiny_data), "out_dir": str(out_dir), "dtype": "float32"} | changes)
+    train_data, val_data, tokenizer = train.open_data(s)
+    if model is None:
+        torch.manual_seed(5)
+        model = GPT(config_of(tiny_data))
+    newest, steps = {}, []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: newest.__setitem__(name, p.grad.clone()))
+    steps_of = SimpleNamespace(gradients=steps)
+
+    def watched(*args):
+        loss = loss_fn(*args)
+        steps_of.calls = getattr(steps_of, "calls", 0) + 1
+        return loss
+
+    train.train(s, model, data or train_data, val_data, tokenizer, watched)
+    return SimpleNamespace(model=model, gradients=newest, calls=steps_of.calls)
+
+
+def slow_loss(model, data, first, count):
+    """The mean over all targets that count, one sequence, one target at a time, in float64."""
+    model = GPT(model.config).double().requires_grad_(True)
+    return model, lambda: sum_over(model, data, first, count)
+
+
+def sum_over(model, data, first, count):
+    total, targets = 0.0, 0
+    for n in range(first, first + count):
+        row = data.batch(n, 1)
+        logits = F.linear(model.hidden(row["tokens"]), model.embedding.weight)[0]
+        for position, target in enumerate(row["targets"][0].tolist()):
+            if target != IGNORE:
+                total = total + logits[position].logsumexp(0) - logits[position, target]
+                targets += 1
+    return total / targets
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
+    """4 micro-batches of 2 give the loss and the gradients of 1 of 8, and both those of a slow float64 loop,
+    also where the micro-batches differ in how many targets count."""
+    config = config_of(tiny_data)
+    data = Rows(config.vocab_size, config.block_size) if masked else None
+    found = {}
+    for size, accumulated in ((8, 1), (2, 4)):
+        out = tmp_path / f"{size}"
+        run_ = train_here(tiny_data, out, data, batch_size=size, gradient_accumulation_steps=accumulated, max_iters=1,
+                          log_interval=1, grad_clip=0.0, optimizer="adamw", learning_rate=1e-12)  # fmt: skip
+        assert run_.calls == accumulated
+        found[size] = run_.gradients, metrics_of(out)[0]
+    torch.manual_seed(5)
+    reference = GPT(config).double()
+    data = data or TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    loss = sum_over(reference, data, 0, 8)
+    loss.backward()
+    norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
+    for gradients, line in found.values():
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        for name, p in reference.named_parameters():
+            torch.testing.assert_close(gradients[name].double(), p.grad, rtol=1e-4, atol=1e-6)
+    for name in found[8][0]:
+        torch.testing.assert_close(found[8][0][name], found[2][0][name], rtol=1e-4, atol=1e-7)
+
+
+def by_hand(model, data, s, names):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with clipping by norm, in float64, on the named parameters."""
+    model = model.double()
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    for step in range(s["max_iters"]):
+        model.zero_grad()
+        sum_over(model, data, step * s["batch_size"], s["batch_size"]).backward()
+        norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
+        share = min(1.0, s["grad_clip"] / norm)
+        rate = s["learning_rate"] * (step + 1) / s["warmup_iters"]
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name not in names:
+                    continue
+                m, v = moments[name]
+                m.mul_(s["beta1"]).add_(p.grad * share * (1 - s["beta1"]))
+                v.mul_(s["beta2"]).add_((p.grad * share) ** 2 * (1 - s["beta2"]))
+                if p.dim() >= 2:
+                    p.mul_(1 - rate * s["weight_decay"])
+                rooted = (v / (1 - s["beta2"] ** (step + 1))).sqrt() + 1e-8
+                p.sub_(rate * (m / (1 - s["beta1"] ** (step + 1))) / rooted)
+    return model
+
+
+def test_adamw_steps_by_hand(tiny_data, tmp_path):
+    """Warm-up, clipping, both moments, and weight decay on matrices only: the weights after four steps."""
+    s = {"max_iters": 4, "batch_size": 2, "warmup_iters": 4, "learning_rate": 1e-3, "weight_decay": 3.0}
+    s |= {"beta1": 0.8, "beta2": 0.9, "grad_clip": 0.05}
+    ours = train_here(tiny_data, tmp_path / "out", optimizer="adamw", **s).model
+    torch.manual_seed(5)
+    start_, config = GPT(ours.config), ours.config
+    data = TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    before = {name: p.clone() for name, p in start_.named_parameters()}
+    reference = by_hand(start_, data, s, set(before))
+    for name, p in reference.named_parameters():
+        moved, expected = ours.get_parameter(name).double() - before[name].double(), p - before[name].double()
+        assert expected.abs().max() > 1e-3
+        assert (moved - expected).norm() < 2e-3 * expected.norm(), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
+    """One step: each matrix inside the blocks moves by a nearly orthogonal matrix of the scale
+    0.2 * sqrt(longer side) * learning rate; everything else moves as AdamW by hand has it."""
+    s = {"max_iters": 1, "batch_size": 4, "warmup_iters": 1, "learning_rate": 1e-3, "weight_decay": 0.0}
+    s |= {"beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
+    ours = train_here(tiny_data, tmp_path / "out", optimizer="muon", **s).model
+    torch.manual_seed(5)
+    start_, config = GPT(ours.config), ours.config
+    before = {name: p.detach().double().clone() for name, p in start_.named_parameters()}
+    data = TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    inside = {name for name, p in before.items() if name.startswith("blocks.") and p.dim() == 2}
+    assert len(inside) == 7 * config.n_layer
+    reference = by_hand(start_, data, s, before.keys() - inside)
+    for name in before:
+        moved = ours.get_parameter(name).detach().double() - before[name]
+        if name in inside:
+            scale = s["learning_rate"] * 0.2 * math.sqrt(max(moved.shape))
+            singular = torch.linalg.svdvals(moved) / scale
+            assert 0.3 < singular.min() and singular.max() < 1.4, (name, singular)
+        else:
+            expected = reference.get_parameter(name).detach() - before[name]
+            assert (moved - expected).norm() < 2e-3 * expected.norm(), name
+
+
+def test_learning_rates_by_hand():
+    linear = Settings(learning_rate=1.0, min_lr=0.0, warmup_iters=4, max_iters=20, schedule="linear", cooldown=0.5)
+    expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 9 + [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert [learning_rate_at(step, linear) for step in range(20)] == pytest.approx(expected)
+    cosine = Settings(learning_rate=2.0, min_lr=0.2, warmup_iters=2, max_iters=10, schedule="cosine")
+    expected = [1.0, 2.0] + [1.1 + 0.9 * math.cos(math.pi * i / 8) for i in range(8)]
+    assert [learning_rate_at(step, cosine) for step in range(10)] == pytest.approx(expected)
+    assert learning_rate_at(6, cosine) == pytest.approx(1.1)  # half-way
+    constant = Settings(learning_rate=1.0, warmup_iters=0, max_iters=5, cooldown=0.0)
+    assert [learning_rate_at(step, constant) for step in range(5)] == [1.0] * 5
+    fall = Settings(learning_rate=1.0, min_lr=0.5, warmup_iters=0, max_iters=4, cooldown=1.0)
+    assert [learning_rate_at(step, fall) for step in range(4)] == pytest.approx([1.0, 0.875, 0.75, 0.625])
+    short = Settings(learning_rate=1.0, warmup_iters=10, max_iters=3)  # ends within the warm-up
+    assert [learning_rate_at(step, short) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(10, 80), st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=40))
+def test_every_block_once_an_epoch(tmp_path_factory, block, length, seed, sizes):
+    """However the batches are cut: the blocks of the file, each once before any comes again."""
+    path = tmp_path_factory.getbasetemp() / "blocks.bin"
+    tokens = np.random.default_rng(length).permutation(1000)[:length]  # no token twice: it tells where it stood
+    tokens.astype("<u2").tofile(path)
+    blocks = [tokens[i * block : (i + 1) * block + 1].tolist() for i in range((length - 1) // block)]
+    data, rows = TokenFile(path, block, 1000, seed), []
+    assert len(data) == len(blocks)
+    for size in sizes:
+        batch = data.batch(len(rows), size)
+        assert batch["tokens"].shape == batch["targets"].shape == (size, block)
+        for row, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+            assert row[1:] == targets[:-1]
+            rows.append(row + targets[-1:])
+    for epoch in range(0, len(rows), len(blocks)):
+        here = sorted(rows[epoch : epoch + len(blocks)])
+        assert here == sorted(blocks) if len(here) == len(blocks) else len(here) == len(set(map(tuple, here)))
+    again = TokenFile(path, block, 1000, seed)  # from anywhere, in any order
+    for n in reversed(range(len(rows))):
+        assert again.batch(n, 1)["tokens"][0].tolist() == rows[n][:-1]
+
+
+def test_order_depends_on_epoch_and_seed(tmp_path):
+    np.arange(3001, dtype="<u2").tofile(tmp_path / "a.bin")
+
+    def epochs(seed, count=3):
+        firsts = TokenFile(tmp_path / "a.bin", 10, 3001, seed).batch(0, 300 * count)["tokens"][:, 0]
+        return [tuple(epoch.tolist()) for epoch in firsts.split(300)]
+
+    orders = epochs(1) + epochs(2) + epochs(3)
+    assert len(set(orders)) == 9  # no two alike, and none as it stands in the file
+    assert tuple(range(0, 3000, 10)) not in orders
+    assert epochs(1) == orders[:3]
+
+
+def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
+    """Two epochs of a small file, micro-batch by micro-batch, the second after a resume."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data, folder)
+    tokens = np.fromfile(folder / "train.bin", dtype="<u2")[: 24 * 32 + 5]
+    tokens.tofile(folder / "train.bin")
+    taken = []
+
+    def loss(model, batch):
+        taken.extend(map(tuple, torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1).tolist()))
+        return train.next_token_loss(model, batch)
+
+    changes = {"batch_size": 3, "gradient_accumulation_steps": 2, "loss_fn": loss, "max_iters": 4, "save_interval": 4}
+    train_here(folder, tmp_path / "out", **changes)  # 4 steps of 6 sequences: an epoch of 24
+    train_here(folder, tmp_path / "out", **changes | {"max_iters": 8}, resume=True)
+    expected = sorted(tuple(tokens[i * 32 : (i + 1) * 32 + 1].tolist()) for i in range(24))
+    assert len(set(expected)) == 24
+    assert sorted(taken[:24]) == sorted(taken[24:]) == expected
+    assert taken[:24] != taken[24:]
+
+
+# ---------------------------------------------------------------------------------------------------
+# A whole run, and what it leaves
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def whole(request, tiny_data, tmp_path_factory):
+    """A run of 12 steps that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    changes = {"optimizer": request.param, "eval_interval": 4}
+    done = run_script(*arguments(tiny_data, out, **changes))
+    return SimpleNamespace(out=out, changes=changes, stdout=done.stdout, data=tiny_data)
+
+
+def test_what_a_run_prints(whole):
+    printed = {}
+    for line in whole.stdout.splitlines():
+        if m := re.fullmatch(r"(\w+) = (.+)", line):
+            printed[m[1]] = ast.literal_eval(m[2])
+    expected = TINY | whole.changes | {"data_dir": str(whole.data), "out_dir": str(whole.out)}
+    assert set(printed) == set(Settings.__dataclass_fields__)
+    assert {key: printed[key] for key in expected} == expected
+    weights = read_checkpoint(whole.out)["model"]
+    assert f"{sum(w.numel() for w in weights.values()):,} parameters; {4 * 32:,} tokens a step" in whole.stdout
+    assert re.search(r"about \d+ minutes", whole.stdout) and re.search(r"about [\d,]+ MiB", whole.stdout)
+
+
+def test_what_a_run_leaves(whole):
+    """The two newest checkpoints, each complete in itself, and nothing beside."""
+    names = ["ckpt_000008.pt", "ckpt_000012.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in whole.out.iterdir()) == names
+    assert [p.name for p in find_checkpoints(whole.out)] == ["ckpt_000012.pt", "ckpt_000008.pt"]
+    for path, step in zip(find_checkpoints(whole.out), (12, 8), strict=True):
+        state = torch.load(path, weights_only=True)
+        assert state["step"] == step and state["tokenizer"] == (whole.data / "tokenizer.model").read_bytes()
+        assert state["settings"]["optimizer"] == whole.changes["optimizer"]
+        assert state["model"]["embedding.weight"].shape == (config_of(whole.data).vocab_size, SHAPE["n_embd"])
+    assert read_checkpoint(whole.out)["step"] == 12
+
+
+def test_metrics_of_a_run(whole):
+    lines = metrics_of(whole.out)
+    logs, evaluations = ([x for x in lines if key in x] for key in ("loss", "val_loss"))
+    assert [x["step"] for x in logs] == [2, 4, 6, 8, 10, 12] and [x["step"] for x in evaluations] == [4, 8, 12]
+    for line in logs:
+        assert set(line) == {"step", "tokens", "loss", "learning_rate", "grad_norm", *MEASURED}
+        assert all(math.isfinite(value) and value > 0 for value in line.values())
+        assert line["tokens"] == line["step"] * 4 * 32
+    # Warm-up over 2 steps, a hold, then from step 7 of 12 down in a line: the rates of steps 2, 4, ..., 12.
+    rates = [0.003 * share for share in (1, 1, 1, 1, 3 / 5, 1 / 5)]
+    assert [x["learning_rate"] for x in logs] == pytest.approx(rates)
+    assert logs[0]["loss"] == pytest.approx(math.log(config_of(whole.data).vocab_size), rel=0.02)
+
+
+def test_evaluation_by_hand(whole, tmp_path):
+    """The loss of each checkpoint over the first blocks of val.bin in their seeded order, from NumPy and
+    float64, and bits per character from the decoded text; the same blocks every time."""
+    # The runs of `whole` multiply in bfloat16: the same weights evaluated in float32 serve for the comparison.
+    out = tmp_path / "out"
+    s = {"dtype": "float32", "eval_interval": 4, "optimizer": whole.changes["optimizer"]}
+    train_here(whole.data, out, **s)
+    tokens = np.fromfile(whole.data / "val.bin", dtype="<u2").astype(np.int64)
+    order = np.random.default_rng((Settings.seed, 0)).permutation((len(tokens) - 1) // 32)[: TINY["eval_blocks"]]
+    rows = torch.from_numpy(np.stack([tokens[i * 32 : i * 32 + 33] for i in order]))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(whole.data / "tokenizer.model"))
+    characters = sum(len(tokenizer.decode(row[1:].tolist())) for row in rows)
+    lines = {x["step"]: x for x in metrics_of(out) if "val_loss" in x}
+    for path, step in zip(find_checkpoints(out), (12, 8), strict=True):
+        model = build_model(read_checkpoint(path), path).double()
+        with torch.no_grad():
+            log_p = model(rows[:, :-1]).log_softmax(-1)
+        nats = -sum(log_p[i, t, rows[i, t + 1]].item() for i in range(len(rows)) for t in range(32))
+        line = lines[step]
+        assert line["val_loss"] == pytest.approx(nats / (len(rows) * 32), rel=1e-6)
+        assert line["val_perplexity"] == pytest.approx(math.exp(nats / (len(rows) * 32)), rel=1e-5)
+        assert line["val_bits_per_character"] == pytest.approx(nats / math.log(2) / characters, rel=1e-6)
+    # The process that multiplied in bfloat16 saw the same blocks.
+    coarse = {x["step"]: x["val_loss"] for x in metrics_of(whole.out) if "val_loss" in x}
+    assert coarse[12] == pytest.approx(lines[12]["val_loss"], rel=0.02)
+
+
+def test_evaluation_of_fewer_blocks_than_asked_for(tiny_data, tmp_path):
+    """eval_blocks past the end of the data means all of them, each once."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data, folder)
+    tokens = np.fromfile(folder / "val.bin", dtype="<u2")[: 5 * 32 + 9]
+    tokens.tofile(folder / "val.bin")
+    s = {"max_iters": 1, "eval_blocks": 1000, "batch_size": 3}
+    model = train_here(folder, tmp_path / "out", **s).model.double()
+    rows = torch.from_numpy(np.stack([tokens[i * 32 : i * 32 + 33] for i in range(5)]).astype(np.int64))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    line = next(x for x in metrics_of(tmp_path / "out") if "val_loss" in x)
+    assert line["val_loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Stopped and resumed
+
+
+def stopped_at(whole_out, out, step):
+    """A folder as a kill right before the next checkpoint would have left it."""
+    out.mkdir()
+    shutil.copy(whole_out / f"ckpt_{step:06d}.pt", out)
+    shutil.copy(whole_out / "metrics.jsonl", out)  # lines past the checkpoint too
+
+
+def test_resume_is_exact(whole, tmp_path):
+    """From step 8 to the end: weights, optimizer state and metrics bit for bit as if nothing had stopped it,
+    though lines past the checkpoint, half a line and half a checkpoint lie there; telling stories on the way
+    (which draws numbers at random) changes nothing either."""
+    out = tmp_path / "out"
+    stopped_at(whole.out, out, 8)
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 8, "tok')
+    (out / "ckpt.tmp").write_bytes((out / "ckpt_000008.pt").read_bytes()[:1000])
+    (out / "ckpt_000099.pt.tmp").write_bytes(b"not one of ours")
+    done = run_script(*arguments(whole.data, out, **whole.changes, resume=True, sample_interval=3))
+    same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
+    assert lines_of(out) == lines_of(whole.out)
+    assert not (out / "ckpt.tmp").exists()
+    assert len(done.stdout) > len(whole.stdout) - 100 and done.stdout.count("validation loss") == 1
+
+
+def test_finished_run_resumed_changes_nothing(whole, tmp_path):
+    out = tmp_path / "out"
+    stopped_at(whole.out, out, 12)
+    before = (out / "ckpt_000012.pt").read_bytes()
+    run_script(*arguments(whole.data, out, **whole.changes, resume=True))
+    assert (out / "ckpt_000012.pt").read_bytes() == before and lines_of(out) == lines_of(whole.out)
+
+
+def test_resume_takes_the_checkpoint_before_a_damaged_one(whole, tmp_path):
+    """Cut off, emptied and zeroed in the middle: each is seen, said, and the one before is taken."""
+    good = (whole.out / "ckpt_000012.pt").read_bytes()
+    half = len(good) // 2
+    for name, damaged in (
+        ("cut", good[:half]),
+        ("short", good[:11]),
+        ("empty", b""),
+        ("zeroed", good[:half] + bytes(4096) + good[half + 4096 :]),
+    ):
+        out = tmp_path / name
+        stopped_at(whole.out, out, 8)
+        (out / "ckpt_000012.pt").write_bytes(damaged)
+        done = run_here(*arguments(whole.data, out, **whole.changes, resume=True))
+        assert done.returncode == 0, (name, done.stderr)
+        (said,) = done.stderr.strip().splitlines()
+        assert "ckpt_000012.pt" in said and "taking the one before" in said, (name, said)
+        assert "from" not in name and read_checkpoint(out / "ckpt_000012.pt")["step"] == 12
+        assert [x["step"] for x in metrics_of(out) if "loss" in x] == [2, 4, 6, 8, 10, 12]
+
+
+KILLS = 4
+
+
+def test_killed_at_random_and_resumed(tiny_data, tmp_path):
+    """kill -9 again and again: every checkpoint found is whole, and the end is that of a run left alone."""
+    changes = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_blocks": 4}
+    out, alone = tmp_path / "killed", tmp_path / "alone"
+    other = start(data_dir=tiny_data, out_dir=alone, **changes)
+    rng, killed_at = random.Random(), []
+    for i in range(KILLS):
+        process = start(data_dir=tiny_data, out_dir=out, **changes, resume=True)
+        wait_for_step(process, out, 12 * i + 2)
+        time.sleep(rng.random() * 0.15)
+        process.kill()
+        process.wait()
+        found = find_checkpoints(out)
+        killed_at.append(read_checkpoint(found[0])["step"] if found else 0)
+        assert all(read_checkpoint(path) for path in found)
+    process = start(data_dir=tiny_data, out_dir=out, **changes, resume=True)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    _, stderr = other.communicate(timeout=120)
+    assert other.returncode == 0, stderr
+    same_state(out / "ckpt_000060.pt", alone / "ckpt_000060.pt")
+    assert lines_of(out) == lines_of(alone), killed_at
+    logged = [x["step"] for x in metrics_of(out) if "loss" in x]
+    assert logged == sorted(set(logged)) and logged[-1] == 60
+
+
+@pytest.mark.parametrize(("number", "folder"), [(signal.SIGINT, "out"), (signal.SIGTERM, "我的 模型")])
+def test_signal_saves_and_tells_how_to_resume(number, folder, whole, tiny_data, tmp_path):
+    """The step is finished and saved, the exit status is 0, and the command printed, typed into a shell,
+    ends where a run left alone ends."""
+    if whole.changes["optimizer"] != "adamw":
+        pytest.skip("once is enough")
+    changes = {"max_iters": 60, "save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
+    out, alone = tmp_path / folder, tmp_path / "alone"
+    other = start(data_dir=tiny_data, out_dir=alone, **changes)
+    process = start(data_dir=tiny_data, out_dir=out, **changes)
+    wait_for_step(process, out, 5)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert not stderr.strip()
+    (path,) = find_checkpoints(out)
+    step = read_checkpoint(path)["step"]
+    assert 5 <= step < 60 and path.name == f"ckpt_{step:06d}.pt"
+    assert metrics_of(out)[-1]["step"] == step
+    _, stderr = other.communicate(timeout=120)
+    assert other.returncode == 0, stderr
+    last = stdout.strip().splitlines()[-1]
+    assert f"step {step}" in last and "--resume=True" in last
+    command = last[last.index("python ") :]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stderr)
+    same_state(out / "ckpt_000060.pt", alone / "ckpt_000060.pt")
+    logged = [x["step"] for x in metrics_of(out) if "loss" in x]
+    assert logged == list(range(1, 61))
+
+
+def test_out_dir_that_holds_a_run(whole):
+    done = run_here(*arguments(whole.data, whole.out, **whole.changes))
+    assert_one_line_error(done, whole.out, "--resume=True")
+    assert read_checkpoint(whole.out)["step"] == 12
+
+
+def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
+    done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, resume=True))
+    assert done.returncode == 0 and "nothing to resume" in done.stdout
+    assert read_checkpoint(tmp_path / "out")["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_size", 16), ("batch_size", 2), ("gradient_accumulation_steps", 2), ("optimizer", None), ("seed", 1)]
+    + [("n_layer", 1), ("head_dim", 8), ("qk_norm", False)],
+)
+def test_resume_with_other_settings(key, value, whole, tmp_path):
+    """What would make it another run is refused by name, or by the word for it, and nothing is touched."""
+    out = tmp_path / "out"
+    stopped_at(whole.out, out, 8)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    value = value if key != "optimizer" else {"adamw": "muon", "muon": "adamw"}[whole.changes["optimizer"]]
+    done = run_here(*arguments(whole.data, out, **whole.changes | {key: value}, resume=True))
+    assert_one_line_error(done, out, "shape" if key in ("n_layer", "head_dim", "qk_norm") else key)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_resume_with_another_tokenizer(whole, tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(whole.data, folder)
+    model = (folder / "tokenizer.model").read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
+    (folder / "tokenizer.model").write_bytes(model)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    stopped_at(whole.out, out, 8)
+    done = run_here(*arguments(folder, out, **whole.changes, resume=True))
+    assert_one_line_error(done, out, "tokenizer")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses that are not finite
+
+
+def test_nan_weights_stop_the_run(whole, tmp_path):
+    """A checkpoint whose weights are not numbers: the very next step is named, and no bad one is saved."""
+    out = tmp_path / "out"
+    stopped_at(whole.out, out, 8)
+    state = read_checkpoint(out / "ckpt_000008.pt")
+    state["model"]["embedding.weight"][:] = math.nan
+    torch.save(state, out / "ckpt_000008.pt")
+    done = run_script(*arguments(whole.data, out, **whole.changes, resume=True), check=False)
+    assert_one_line_error(done, "step 9:", "nan", "learning_rate")
+    assert [p.name for p in find_checkpoints(out)] == ["ckpt_000008.pt"]
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [5, 7, 8])
+def test_the_step_is_named_and_the_last_good_checkpoint_kept(bad, at, tiny_data, tmp_path):
+    """Steps between two logs, and one at which a checkpoint is due."""
+    calls = 0
+
+    def loss(model, batch):
+        nonlocal calls
+        calls += 1
+        value = train.next_token_loss(model, batch)
+        if calls == at:
+            value = value * math.inf if bad == "loss" else value + (value - value).sqrt()
+        return value
+
+    with pytest.raises(UserError) as e:
+        train_here(tiny_data, tmp_path / "out", loss_fn=loss, log_interval=3)
+    assert len(str(e.value).splitlines()) == 1
+    assert str(e.value).startswith(f"step {at}:") and "up to step 4 " in str(e.value)
+    (path,) = find_checkpoints(tmp_path / "out")
+    state = read_checkpoint(path)
+    assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
+    assert all(x["step"] < at for x in metrics_of(tmp_path / "out"))
+
+
+def test_learning_rate_far_too_high(tiny_data, tmp_path):
+    done = run_here(*arguments(tiny_data, tmp_path / "out", learning_rate=1e30, optimizer="adamw", warmup_iters=0,
+                               dtype="float32"))  # fmt: skip
+    assert_one_line_error(done, "step 2:", "learning_rate")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Two processes
+
+
+RECORD = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import train
+rank, original = os.environ["RANK"], train.train
+def loss(model, batch):
+    with open({folder!r} + "/seen" + rank, "a") as f:
+        for row in batch["tokens"].tolist():
+            f.write(json.dumps(row) + "\\n")
+    return train.next_token_loss(model, batch)
+train.train = lambda *args: original(*args, loss_fn=loss)
+train.run(train.main)
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}"]
+
+
+def torchrun():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return [a.format(port=s.getsockname()[1]) for a in TORCHRUN]
+
+
+def test_two_processes_train_as_one(tiny_data, tmp_path):
+    """The same sequences, shared out; the loss, the gradient norm, the evaluation and the weights to rounding."""
+    changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "eval_interval": 3}
+    (tmp_path / "record.py").write_text(RECORD.format(root=str(ROOT), folder=str(tmp_path)))
+    settings_ = arguments(tiny_data, tmp_path / "two", **changes)[1:]
+    run_script(*torchrun(), tmp_path / "record.py", *settings_)
+    one = []
+
+    def loss(model, batch):
+        one.extend(batch["tokens"].tolist())
+        return train.next_token_loss(model, batch)
+
+    s = Settings(**TINY | changes | {"data_dir": str(tiny_data), "out_dir": str(tmp_path / "one")})
+    torch.manual_seed(s.seed)
+    train.train(s, GPT(config_of(tiny_data)), *train.open_data(s), loss)
+    seen = [[json.loads(x) for x in (tmp_path / f"seen{rank}").read_text().splitlines()] for rank in (0, 1)]
+    assert len(one) == 12 * 8 and [len(rows) for rows in seen] == [48, 48]
+    expected = [rows[i : i + 4] for i in range(0, 48, 4) for rows in seen]  # first one's micro-batch, then the other's
+    assert [row for batch in expected for row in batch] == one
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = (read_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_stop_together_and_resume(tiny_data, tmp_path):
+    """SIGTERM to torchrun: one checkpoint, of a step both have finished; resumed by two, the run ends as one
+    process alone ends it."""
+    changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 40}
+    changes |= {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
+    out = tmp_path / "two"
+    process = start(*torchrun(), data_dir=tiny_data, out_dir=out, **changes)
+    wait_for_step(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    (path,) = find_checkpoints(out)
+    step = read_checkpoint(path)["step"]
+    assert 3 <= step < 40 and f"step {step}" in stdout and "--resume=True" in stdout, stdout + stderr
+    run_script(*torchrun(), *arguments(tiny_data, out, **changes, resume=True))
+    s = Settings(**TINY | changes | {"data_dir": str(tiny_data), "out_dir": str(tmp_path / "one")})
+    torch.manual_seed(s.seed)
+    train.train(s, GPT(config_of(tiny_data)), *train.open_data(s))
+    lines = [[x for x in lines_of(tmp_path / name) if "loss" in x] for name in ("one", "two")]
+    assert [x["step"] for x in lines[1]] == list(range(1, 41))
+    for a, b in zip(*lines, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_steps_that_two_processes_cannot_share(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_here(*arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=3))
+    assert_one_line_error(done, "gradient_accumulation_steps", "multiple", "2")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Types and compilation
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_types_of_the_products(dtype, tiny_data, tmp_path):
+    """The matrix products are of the type asked for, the loss falls, and the weights stay float32."""
+    seen = set()
+    torch.manual_seed(5)
+    model = GPT(config_of(tiny_data))
+    model.blocks[0].mlp.up_proj.register_forward_hook(lambda module, args, y: seen.add(y.dtype))
+    train_here(tiny_data, tmp_path / "out", model=model, dtype=dtype, max_iters=30, learning_rate=0.02, grad_clip=0.0)
+    assert seen == {getattr(torch, dtype)}
+    losses = [x["loss"] for x in metrics_of(tmp_path / "out") if "loss" in x]
+    assert losses[-1] < losses[0] - 0.5
+    state = read_checkpoint(tmp_path / "out")
+    assert {w.dtype for w in state["model"].values()} == {torch.float32}
+    assert bool(state["scaler"]) == (dtype == "float16")
+
+
+def test_auto_is_found_on_a_cpu(tiny_data, tmp_path):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is something better here")
+    done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, device="auto", dtype="float16"))
+    assert done.returncode == 0 and "cpu, torch.float16" in done.stdout
+
+
+@pytest.mark.parametrize("there", [[], ["clang++"]])
+def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
+    """One line says so, and it trains on; a compiler that PyTorch would not call is none."""
+    (tmp_path / "bin").mkdir()
+    for name in there:
+        (tmp_path / "bin" / name).symlink_to(shutil.which("c++") or pytest.skip("no compiler here at all"))
+    monkeypatch.delenv("CXX", raising=False)
+    changes = {"max_iters": 2, "compile": True, "eval_interval": 1000}
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_script(*arguments(tiny_data, tmp_path / "out", **changes), check=False,
+                      PATH=str(tmp_path / "bin"), **cache)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    assert [line for line in done.stdout.splitlines() if "no C++ compiler" in line] and not done.stderr.strip()
+    assert done.stdout.count("no C++ compiler") == 1
+    assert read_checkpoint(tmp_path / "out")["step"] == 2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
+def test_resume_is_exact_when_compiled(tiny_data, tmp_path):
+    """With deterministic=True, on two threads."""
+    changes = {"compile": True, "deterministic": True, "n_layer": 1, "eval_interval": 1000, "max_iters": 12}
+    whole = tmp_path / "whole"
+    run_script(*arguments(tiny_data, whole, **changes), OMP_NUM_THREADS="2")
+    stopped_at(whole, tmp_path / "out", 8)
+    run_script(*arguments(tiny_data, tmp_path / "out", **changes, resume=True), OMP_NUM_THREADS="2")
+    same_state(tmp_path / "out" / "ckpt_000012.pt", whole / "ckpt_000012.pt")
+    assert lines_of(tmp_path / "out") == lines_of(whole)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def run_here(*args):
+    """`python train.py ARGS` in this process, which spares the seconds that PyTorch takes to start."""
+    import io
+
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [str(a) for a in args], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(train.main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture
+def spoilt(tiny_data, tmp_path):
+    """A copy of the data to spoil, and a run on it that must end with one line and leave nothing."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tiny_data, folder)
+
+    def refused(*words, **changes):
+        done = run_here(*arguments(folder, out, **changes))
+        assert_one_line_error(done, *words)
+        assert not out.exists()
+
+    refused.folder, refused.out = folder, out
+    return refused
+
+
+def test_missing_data(spoilt, tmp_path):
+    shutil.rmtree(spoilt.folder)
+    spoilt(spoilt.folder, "prepare.py")
+    spoilt.folder.write_text("a file")
+    spoilt(spoilt.folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model", "meta.json"])
+def test_missing_and_empty_files(name, spoilt):
+    (spoilt.folder / name).write_bytes(b"")
+    spoilt(name)
+    (spoilt.folder / name).unlink()
+    spoilt(name)
+    (spoilt.folder / name).mkdir()
+    spoilt(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{", b"[]", b"{}", b"null", b"3", b'"x"', b"\xff\xfe", b'{"vocab_size": 2000}', b"\0" * 100, b"[" * 100_000]
+    + [b'{"vocab_size": "x", "tokenizer_sha256": 3}'],
+    ids=range(11),
+)
+def test_damaged_meta(text, spoilt):
+    (spoilt.folder / "meta.json").write_bytes(text)
+    spoilt(spoilt.folder)
+
+
+def test_truncated_meta(spoilt):
+    whole = (spoilt.folder / "meta.json").read_bytes()
+    for length in range(0, whole.rindex(b"tokenizer_sha256"), 40):
+        (spoilt.folder / "meta.json").write_bytes(whole[:length])
+        spoilt("meta.json", "prepare.py")
+
+
+def test_tokenizer_and_bins_that_do_not_match(spoilt):
+    path = spoilt.folder / "tokenizer.model"
+    good = path.read_bytes()
+    path.write_bytes(good[:-7] + bytes([good[-7] ^ 1]) + good[-6:])
+    spoilt("tokenizer.model", "not the tokenizer")
+    meta = json.loads((spoilt.folder / "meta.json").read_text())
+    for garbage in (b"no tokenizer", b"\0" * 1000, good[:1000]):
+        path.write_bytes(garbage)
+        changed = meta | {"tokenizer_sha256": hashlib.sha256(garbage).hexdigest()}
+        (spoilt.folder / "meta.json").write_text(json.dumps(changed))
+        spoilt("tokenizer.model")
+    path.write_bytes(good)
+    (spoilt.folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": meta["vocab_size"] + 1}))
+    spoilt("tokenizer.model")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_bins_that_cannot_be(name, spoilt):
+    path = spoilt.folder / name
+    good = np.fromfile(path, dtype="<u2")
+    size = json.loads((spoilt.folder / "meta.json").read_text())["vocab_size"]
+    for bad, where in ((size, len(good) - 1), (65535, 0)):
+        tokens = good.copy()
+        tokens[where] = bad
+        tokens.tofile(path)
+        spoilt(name, bad, size - 1)
+    path.write_bytes(good.tobytes() + b"\0")
+    spoilt(name, "bytes")
+    good[:32].tofile(path)  # one token short of a block and its last target
+    spoilt(name, "block_size", 32)
+    good[:33].tofile(path)
+    assert run_here(*arguments(spoilt.folder, spoilt.out, max_iters=1)).returncode == 0
+
+
+def test_block_size_longer_than_the_data(spoilt):
+    spoilt("val.bin", "block_size", "1000000", block_size=1_000_000)
+
+
+def test_shapes_that_cannot_be(spoilt):
+    spoilt("head_dim", head_dim=7)
+    spoilt("n_kv_head", n_kv_head=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_asked_for_and_absent(spoilt):
+    spoilt("cuda", "cpu", device="cuda")
+    spoilt("cuda:1", device="cuda:1")
+    assert_one_line_error(run_script(*arguments(spoilt.folder, spoilt.out, device="cuda"), check=False), "cuda")
+
+
+def test_out_dir_that_cannot_be_written(tiny_data, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/none/out"):
+        assert_one_line_error(run_here(*arguments(tiny_data, out)), out)
+    assert (tmp_path / "file").read_text() == "a file"
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert_one_line_error(run_here(*arguments(tiny_data, tmp_path / "closed" / "out")), "closed")
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def test_malicious_checkpoints_are_not_run(whole, tmp_path):
+    """As PyTorch saves them and as plain pickles, inside an otherwise good one too."""
+    mark = tmp_path / "mark"
+    good = read_checkpoint(whole.out / "ckpt_000008.pt")
+    for i, evil in enumerate((Evil(mark), good | {"model": Evil(mark)}, good | {"extra": [Evil(mark)]})):
+        for save in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
+            out = tmp_path / f"out{i}"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            save(evil, out / "ckpt_000008.pt")
+            done = run_here(*arguments(whole.data, out, **whole.changes, resume=True))
+            assert_one_line_error(done, "ckpt_000008.pt", "refused")
+            assert not mark.exists()
+
+
+@pytest.mark.parametrize("what", [{"a": 1}, [1, 2], None, 7, "text", torch.zeros(3), {"model": {}}, {1: 2}], ids=range(8))
+def test_foreign_checkpoints(what, whole, tmp_path):
+    torch.save(what, tmp_path / "ckpt_000008.pt")
+    done = run_here(*arguments(whole.data, tmp_path, **whole.changes, resume=True))
+    assert_one_line_error(done, "ckpt_000008.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt_000008.pt"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("settings", {}), ("settings", None), ("model", {}), ("model", None), ("optimizers", None), ("optimizers", [])]
+    + [("step", "eight"), ("scaler", None), ("random_state", None), ("model_config", {}), ("tokenizer", None)],
+)
+def test_checkpoints_with_a_part_missing_or_wrong(key, value, whole, tmp_path):
+    state = read_checkpoint(whole.out / "ckpt_000008.pt")
+    for changed in (state | {key: value}, {k: v for k, v in state.items() if k != key}):
+        torch.save(changed, tmp_path / "ckpt_000008.pt")
+        done = run_here(*arguments(whole.data, tmp_path, **whole.changes, resume=True))
+        assert_one_line_error(done, tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.binary(max_size=80)
+    | st.binary(max_size=40).map(lambda b: b"\x80\x02" + b)
+    | st.tuples(st.integers(0, 90), st.integers(0, 255)).map(
+        lambda t: (b := bytearray(pickle.dumps({"model": {"a": 1.5}, "step": [3, "x"]}, 2))).__setitem__(
+            t[0] % len(b), t[1]
+        )
+        or bytes(b)
+    )
+)
+@pytest.mark.filterwarnings("ignore")
+def test_no_bytes_at_all_make_a_traceback(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.pt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"fuzz\.pt: "):
+        read_checkpoint(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from(["cut", "zero", "flip"]))
+def test_no_damage_goes_unseen(tmp_path_factory, whole_checkpoint, where, kind):
+    """Cut anywhere, 64 bytes zeroed or one bit turned over anywhere: refused, or (where only filling between
+    the parts was hit) exactly what was saved."""
+    data, state = whole_checkpoint
+    at = int(where * len(data))
+    damaged = bytearray(data[:at] if kind == "cut" else data)
+    if kind == "zero":
+        damaged[at : at + 64] = bytes(len(damaged[at : at + 64]))
+    elif kind == "flip":
+        damaged[at] ^= 1
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    path.write_bytes(damaged)
+    try:
+        found = read_checkpoint(path)
+    except UserError as e:
+        assert "damaged.pt" in str(e) and len(str(e).splitlines()) == 1
+    else:
+        same(found, state)
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoint(tiny_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("damaged") / "out"
+    run_script(*arguments(tiny_data, out, max_iters=1))
+    (path,) = find_checkpoints(out)
+    return path.read_bytes(), read_checkpoint(path)
+
+
+def test_full_disk_keeps_the_checkpoints_before(tiny_data, tmp_path):
+    """A disk with room for two checkpoints but not for the third beside them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here (needs root)")
+    try:
+        done = run_script(*arguments(tiny_data, disk / "out", optimizer="adamw"), check=False)
+        assert_one_line_error(done, "ckpt_000012.pt", "No space left", "--resume=True")
+        assert sorted(p.name for p in (disk / "out").iterdir()) == [
+            "ckpt_000004.pt",
+            "ckpt_000008.pt",
+            "metrics.jsonl",
+        ]
+        assert read_checkpoint(disk / "out")["step"] == 8
+        assert shlex.quote(str(disk))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
