@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MIN_CHARS, MAX_CHARS = 120, 300
+SKEW = 3.0  # of four tellings the first is drawn half of the time: some turns are common, some rare, as in speech
 FEATURES = ("对话", "转折", "坏结局", "寓意", "伏笔", "冲突")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")  # [快|慢]: the innermost brackets
 SLOT = re.compile(r"\{([^{}.]+)(?:\.([^{}]+))?\}")  # {A}, {A.家}, {物}
@@ -105,9 +106,10 @@ def read_plots(folder: Path = HERE / "plots") -> list[Plot]:
     return plots
 
 
-def pick(rng: random.Random, options: list):
+def pick(rng: random.Random, options: list, skew: float = 1.0):
+    """Draw one of the options: each as likely as the others, or with skew > 1 the first ones likelier."""
     # Not rng.choice: only random() is promised to stay the same in later Pythons.
-    return options[int(rng.random() * len(options))]
+    return options[int(rng.random() ** skew * len(options))]
 
 
 def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict, taken: set) -> dict:
@@ -154,11 +156,11 @@ def tell(rng: random.Random, plot: Plot, names: dict, animals: dict) -> dict:
         fits = [t for t in tellings if all((g[0] != "!") == (g.lstrip("!") in facts) for g in t.guards)]
         if not fits:
             return ""
-        telling = pick(rng, fits)
+        telling = pick(rng, fits, SKEW)
         features.update(telling.features)
         text = telling.text
         while CHOICE.search(text):
-            text = CHOICE.sub(lambda m: pick(rng, m[1].split("|")), text, count=1)
+            text = CHOICE.sub(lambda m: pick(rng, m[1].split("|"), SKEW), text, count=1)
         return SLOT.sub(fill, text)
 
     story = "".join(expand(beat) for beat in plot.beats)
