@@ -270,16 +270,19 @@ def read_checkpoint(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: not a checkpoint, or one that would run code when loaded") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: damaged or cut off ({str(e).splitlines()[0]}); use an older checkpoint") from None
-    missing = {"model", "model_config", "tokenizer", "step", "settings"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ()
-    )
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this program: {', '.join(sorted(missing))} missing")
+    except Exception as e:  # what a damaged file makes of the unpickler cannot be foreseen
+        reason = str(e).split("\n")[0]
+        raise UserError(f"{path}: not a checkpoint, or damaged ({reason}); use an older one") from None
+    parts = {"model": dict, "model_config": dict, "settings": dict, "tokenizer": bytes, "step": int}
+    for name, kind in parts.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: not a checkpoint of this program ({name!r} is missing or no {kind.__name__})")
     return checkpoint
 
 

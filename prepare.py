@@ -17,9 +17,12 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -33,6 +36,11 @@ from stories.read import LONGEST, UserError, find_inputs, read_blocks, texts_of
 
 SAMPLE = 8_000_000  # characters the tokenizer is trained on at most
 CONTROL = ["<|user|>", "<|assistant|>"]  # kept for instruction tuning; no text becomes one of them
+
+
+def usage_error(message: str) -> None:
+    """What argparse calls: like any other mistake, a wrong option is answered in one line."""
+    raise UserError(f"{message}; see --help")
 
 
 def run(main) -> None:
@@ -85,9 +93,15 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16, key=b"split 1337").digest()
 
 
-def sample_block(block: tuple, text_key: str, limit: int) -> dict[bytes, str]:
-    texts, _ = clean_block(block, text_key)
-    return {d: text for text in texts if int.from_bytes((d := digest(text))[:8]) < limit}
+def first_bits(digest: bytes) -> int:
+    """A number below 2**64, as if drawn at random."""
+    return int.from_bytes(digest[:8], "big")
+
+
+def sample_block(block_and_limit: tuple, text_key: str) -> dict[bytes, str]:
+    """The stories of a block whose digest lies below the limit, by digest."""
+    block, limit = block_and_limit
+    return {d: text for text in clean_block(block, text_key)[0] if first_bits(d := digest(text)) < limit}
 
 
 def encode_block(block: tuple, text_key: str) -> tuple:
@@ -97,16 +111,20 @@ def encode_block(block: tuple, text_key: str) -> tuple:
     ids = [story + end for story in tokenizer.encode(texts)]
     return (
         [digest(text) for text in texts],
-        np.array([[len(i), len(t), len(t.encode())] for i, t in zip(ids, texts, strict=True)]).reshape(-1, 3),
+        np.array([[len(i), len(t), len(t.encode())] for i, t in zip(ids, texts, strict=True)], np.int64).reshape(-1, 3),
         np.fromiter(itertools.chain.from_iterable(ids), dtype=np.uint16),
         dropped,
     )
 
 
-def set_tokenizer(model: bytes) -> None:
-    """Give a worker process its tokenizer, once."""
+def start_worker(model: bytes = b"") -> None:
+    """In each worker process, once: end with the parent, leave Ctrl-C to it, take the tokenizer."""
     global tokenizer
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if model:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
@@ -127,7 +145,7 @@ def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
 def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece model from its bytes. Raises UserError naming `name` when it cannot serve."""
     try:
-        loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
+        loaded = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
     except (RuntimeError, ValueError):
         raise UserError(f"{name}: not a SentencePiece model") from None
     if not 0 < loaded.vocab_size() <= 65536:
@@ -149,6 +167,7 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
             hard_vocab_limit=False,  # a small corpus gets as many pieces as it can fill
             character_coverage=0.9995,  # the rarest characters are spelt in bytes
             byte_fallback=True,
+            required_chars="\u2581",  # the space, even if no story has one
             # These four keep every character, so that decode(encode(story)) == story.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -185,9 +204,9 @@ def write_bins(results, folder: Path, val_fraction: float) -> dict:
                     seen.add(d)
                     new[i] = True
             dropped["duplicate"] += int((~new).sum())
-            in_val = np.array([int.from_bytes(d[:8]) < border for d in digests], dtype=bool)
+            in_val = np.array([first_bits(d) < border for d in digests], dtype=bool)
             for split, file, chosen in (("train", train, new & ~in_val), ("val", val, new & in_val)):
-                tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tofile(file)
+                file.write(tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tobytes())
                 counts[split] += (chosen.sum(), *sizes[chosen].sum(axis=0))
         for file in (train, val):
             file.flush()
@@ -200,9 +219,11 @@ def write_bins(results, folder: Path, val_fraction: float) -> dict:
 def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
     """Do all the work into a folder beside out_dir and rename it. Returns what meta.json holds."""
     made = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
-    if out_dir.exists() and not {p.name for p in out_dir.iterdir()} <= made:
-        raise UserError(f"{out_dir}: holds files that prepare.py did not make; choose another --out_dir")
-    beside, old = (out_dir.with_name(f"{out_dir.name}.{end}") for end in ("tmp", "old"))
+    place = Path(os.path.abspath(out_dir))
+    beside, old = (place.parent / f"{place.name}.{end}" for end in ("tmp", "old"))
+    for folder in (out_dir, beside, old):
+        if folder.exists() and not {p.name for p in folder.iterdir()} <= made:
+            raise UserError(f"{folder}: holds files that prepare.py did not make; choose another --out_dir")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -210,16 +231,16 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
             model = args.tokenizer.read_bytes()
             load_tokenizer(model, args.tokenizer)
         else:
-            with concurrent.futures.ProcessPoolExecutor(args.workers) as workers:
+            with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
                 sample, limit = {}, 2**64
-                blocks = read_blocks(files, args.text_key, "reading")
+                blocks = ((block, limit) for block in read_blocks(files, args.text_key, "reading"))
                 # Stories whose digest lies below the limit are the sample. Halving the limit whenever
                 # they grow too many leaves a fair draw from all files, whatever their order and size.
-                for found in in_order(workers, sample_block, blocks, args.text_key, limit):
-                    sample |= found
+                for found in in_order(workers, sample_block, blocks, args.text_key):
+                    sample |= {d: text for d, text in found.items() if first_bits(d) < limit}
                     while sum(map(len, sample.values())) > SAMPLE:
                         limit //= 2
-                        sample = {d: text for d, text in sample.items() if int.from_bytes(d[:8]) < limit}
+                        sample = {d: text for d, text in sample.items() if first_bits(d) < limit}
             if not sample:
                 raise UserError(f"{files[0]}: no stories found")
             print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
@@ -227,9 +248,11 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
         if not args.tokenizer and trained.vocab_size() < args.vocab_size:
             print(f"the corpus fills only {trained.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
-        with concurrent.futures.ProcessPoolExecutor(args.workers, None, set_tokenizer, (model,)) as workers:
+        with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model,)) as workers:
             blocks = read_blocks(files, args.text_key, "encoding")
             meta = write_bins(in_order(workers, encode_block, blocks, args.text_key), beside, args.val_fraction)
+        if not meta["train"]["stories"] + meta["val"]["stories"]:
+            raise UserError(f"{files[0]}: no stories found")
         for split in ("train", "val"):
             if not meta[split]["stories"]:
                 raise UserError(f"--val_fraction {args.val_fraction}: leaves no story for the {split} split")
@@ -242,9 +265,13 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
                 f.flush()
                 os.fsync(f.fileno())
         if out_dir.exists():
-            os.replace(out_dir, old)
-        os.replace(beside, out_dir)
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(place, old)
+        os.replace(beside, place)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        e.filename = e.filename or str(out_dir)  # a full disk does not say where
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return meta
@@ -252,6 +279,7 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Turn stories into tokens.", allow_abbrev=False)
+    parser.error = usage_error
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs (default: our own stories)")
     parser.add_argument("--download", choices=DATASETS, help="fetch this dataset and prepare it")
     parser.add_argument("--out_dir", type=Path, help="default: data/demo, or data/ and the dataset's name")
@@ -261,8 +289,8 @@ def main() -> None:
     parser.add_argument("--text_key", help="where a record has its story (default: story_zh)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     args = parser.parse_args()
-    if not 1 <= args.vocab_size <= 65536:
-        raise UserError(f"--vocab_size {args.vocab_size}: must lie between 1 and 65536, what uint16 can hold")
+    if not 263 <= args.vocab_size <= 65536:
+        raise UserError(f"--vocab_size {args.vocab_size}: must lie between 263 (every byte) and 65536 (uint16)")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
     if args.workers < 1:

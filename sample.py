@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, build_model, read_checkpoint
-from prepare import UserError, clean, load_tokenizer, run
+from prepare import UserError, clean, load_tokenizer, run, usage_error
 
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -100,7 +100,11 @@ def generate(
 def tell(model, tokenizer, prompt: str, num: int, write=None, **options) -> list[str]:
     """`num` stories that begin with `prompt`. The first is passed to `write` piece by piece, as it is made."""
     end = tokenizer.eos_id()
-    ids = [end, *tokenizer.encode(clean(prompt))]  # a story begins where another has ended
+    try:
+        prompt = clean(prompt)
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+    ids = [end, *tokenizer.encode(prompt)]  # a story begins where another has ended
     if len(ids) >= model.config.block_size:
         raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.config.block_size - 1:,}")
     stories = [ids[1:] for _ in range(num)]
@@ -113,7 +117,7 @@ def tell(model, tokenizer, prompt: str, num: int, write=None, **options) -> list
         if write and not text.endswith("\ufffd"):  # the last token may be only a part of a character
             write(text[written:])
             written = len(text)
-    texts = [tokenizer.decode(story) for story in stories]
+    texts = [tokenizer.decode(story).rstrip("\ufffd") for story in stories]  # the end may be half a character
     if write:
         write(texts[0][written:])
     return texts
@@ -121,6 +125,7 @@ def tell(model, tokenizer, prompt: str, num: int, write=None, **options) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tell stories from a checkpoint.", allow_abbrev=False)
+    parser.error = usage_error
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--prompt", default="", help="how the stories begin")
     parser.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
@@ -139,12 +144,18 @@ def main() -> None:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
     if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: must be below 2**63")
+    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {args.device}: must be cuda, mps or cpu")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        raise UserError(f"--device {args.device}: PyTorch finds no CUDA device here; use --device cpu")
 
     checkpoint = read_checkpoint(args.ckpt)
     model = build_model(checkpoint, args.ckpt).to(args.device).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
+    if tokenizer.vocab_size() > model.config.vocab_size:
+        raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
     options = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     options = {key: getattr(args, key) for key in options}
 
@@ -156,6 +167,7 @@ def main() -> None:
 
     if args.interactive:
         print("Type how a story begins, then Enter; Ctrl-D ends.", file=sys.stderr)
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         for line in sys.stdin:
             show(line.rstrip("\n"))
     elif args.prompt_file:

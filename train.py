@@ -15,6 +15,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -90,8 +91,10 @@ class Settings:
             value, least = getattr(self, field.name), at_least.get(field.name)
             if field.type is int and least is None:
                 least = 1
-            if field.type in (int, float) and not (math.isfinite(value) and value >= (least or 0)):
-                raise UserError(f"{field.name} = {value}: must be at least {least or 0}")
+            if field.type in (int, float) and not (least or 0) <= value < 2**63:
+                raise UserError(f"{field.name} = {value}: must be at least {least or 0} and below 2**63")
+        if self.cooldown > 1 or self.beta1 >= 1 or self.beta2 >= 1 or self.rope_theta <= 0:
+            raise UserError("cooldown must be at most 1, beta1 and beta2 below 1, rope_theta above 0")
         choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine")}
         choices["dtype"] = ("auto", "bfloat16", "float16", "float32")
         for name, known in choices.items():
@@ -148,10 +151,13 @@ def open_data(settings: Settings):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         vocab_size, sha256 = meta["vocab_size"], meta["tokenizer_sha256"]
         end_token = meta["end_token"] if settings.document_mask else None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{folder / 'meta.json'}: damaged ({e!r}); run prepare.py again") from None
     model = (folder / "tokenizer.model").read_bytes()
-    if hashlib.sha256(model).hexdigest() != sha256 or load_tokenizer(model, folder).vocab_size() != vocab_size:
+    if (
+        hashlib.sha256(model).hexdigest() != sha256
+        or load_tokenizer(model, folder / "tokenizer.model").vocab_size() != vocab_size
+    ):
         raise UserError(f"{folder / 'tokenizer.model'}: not the tokenizer these token files were made with")
     train, val = (
         TokenFile(folder / f"{split}.bin", settings.block_size, vocab_size, settings.seed, end_token)
@@ -174,7 +180,9 @@ def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device = {name!r}: must be auto, cuda, mps or cpu") from None
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device = {name!r}: must be auto, cuda, mps or cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device = {name!r}: PyTorch finds no such CUDA device here; try --device=cpu")
@@ -191,7 +199,7 @@ def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """The floating point operations a second that large matrix products reach here, measured."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512
     a = torch.randn(
         n, n, device=device, dtype=dtype, generator=torch.Generator(device)
     )  # leaves the run's own chance be
@@ -299,7 +307,7 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
         sync_folder(folder)
     except (OSError, RuntimeError) as e:
         beside.unlink(missing_ok=True)
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"{path}: not saved ({reason}); older checkpoints are whole, go on with --resume=True") from e
     for old in find_checkpoints(folder)[2:]:
         old.unlink()
@@ -355,7 +363,9 @@ def compile_model(model: GPT, settings: Settings, device: torch.device):
     """The model through torch.compile where that works; it shares its weights with `model`."""
     if not settings.compile or device.type == "mps":
         return model
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+    if device.type == "cpu" and not shutil.which(
+        os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    ):
         print("no C++ compiler found: training without torch.compile, which is slower (try: apt install g++)")
         return model
     return torch.compile(model)
@@ -381,15 +391,18 @@ def train(settings: Settings, model: GPT, train_data, val_data, tokenizer_model:
     torch.use_deterministic_algorithms(s.deterministic)
 
     state = find_state(s, model, tokenizer_model)
-    if state:
-        model.load_state_dict(state["model"])
     model.to(device)
     compiled, optimizers = compile_model(model, s, device), make_optimizers(model, s)
     if state:
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random_state"])
+        try:
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["random_state"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            reason = str(e).split("\n")[0]
+            raise UserError(f"{out_dir}: the newest checkpoint lacks what resuming needs ({reason})") from None
     step = state["step"] if state else 0
     del state
 
@@ -451,8 +464,7 @@ def train(settings: Settings, model: GPT, train_data, val_data, tokenizer_model:
         signalled.fill_(1)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     recent, saved_at, clock = [], step, time.perf_counter()  # recent: loss and gradient norm of each step
     upcoming = batches_of(step)
@@ -498,15 +510,19 @@ def train(settings: Settings, model: GPT, train_data, val_data, tokenizer_model:
             for i, (a, b) in enumerate(zip(losses, norms, strict=True)):
                 if not math.isfinite(a) or not (math.isfinite(b) or scaler.is_enabled()):
                     at = step - len(recent) + i + 1
+                    kept = f"the checkpoint of step {saved_at} is" if saved_at else "no checkpoint is"
                     raise UserError(
-                        f"step {at}: loss {a}, gradient norm {b}; stopped with the checkpoint of step {saved_at} as "
-                        f"the last good one; try a learning_rate below {s.learning_rate}"
+                        f"step {at}: loss {a}, gradient norm {b}; stopped; {kept} kept from before; "
+                        f"try a learning_rate below {s.learning_rate}"
                     )
             seconds = time.perf_counter() - clock
             if rank == 0:
                 speed = len(recent) * tokens_a_step / seconds
                 line = {"step": step, "tokens": step * tokens_a_step, "loss": sum(losses) / len(losses)}
-                line |= {"learning_rate": learning_rate_at(step - 1, s), "grad_norm": norms[-1]}
+                line |= {
+                    "learning_rate": learning_rate_at(step - 1, s),
+                    "grad_norm": norms[-1] if math.isfinite(norms[-1]) else None,
+                }
                 line |= {"tokens_per_second": speed, "mfu": speed * flops_a_step / tokens_a_step / rate}
                 record(line | {"peak_memory": peak_memory(device)})
                 bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{speed:,.0f}")
@@ -526,8 +542,10 @@ def train(settings: Settings, model: GPT, train_data, val_data, tokenizer_model:
         if not recent:
             clock = time.perf_counter()  # evaluating and saving do not count as training
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if rank == 0 and stopping and step < s.max_iters:
-        print(f"stopped and saved at step {step}; to go on: {' '.join(['python', *sys.argv, '--resume=True'])}")
+        print(f"stopped and saved at step {step}; to go on: {shlex.join(['python', *sys.argv, '--resume=True'])}")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def read_config(path: str) -> dict:
 
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: cannot be read ({e})") from None
     values = {}
     for node in tree.body:
@@ -37,7 +37,7 @@ def read_config(path: str) -> dict:
         try:
             (target,) = node.targets
             values[target.id] = value_of(node.value)
-        except (AttributeError, ValueError, ArithmeticError, TypeError):
+        except (AttributeError, ValueError, ArithmeticError, TypeError, RecursionError):
             raise UserError(
                 f"{path}:{node.lineno}: only `name = value` may stand here, with numbers, text, True or False"
             ) from None
@@ -53,7 +53,7 @@ def load_settings(arguments: list[str], cls: type, usage: str):
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if types[key] is float and type(value) is int:
+        if types[key] is float and type(value) is int and abs(value) < 1 << 1000:
             value = float(value)
         if type(value) is not types[key]:
             raise UserError(f"{where}: {key} must be of type {types[key].__name__}, not {value!r}")
@@ -69,7 +69,7 @@ def load_settings(arguments: list[str], cls: type, usage: str):
             key, text = argument[2:].split("=", 1)
             try:
                 value = text if types.get(key) is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 value = text
             put(key, value, argument)
         elif argument.startswith("-"):

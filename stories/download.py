@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -25,6 +26,8 @@ def download(dataset: str, folder: Path) -> Path:
     """
     repository, file, _ = DATASETS[dataset]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", endpoint):
+        raise UserError(f"HF_ENDPOINT={endpoint}: expected an address such as https://hf-mirror.com")
     url = f"{endpoint}/datasets/{repository}/resolve/main/{file}"
     path, part, tag = folder / file, folder / f"{file}.part", folder / f"{file}.etag"
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,19 +41,20 @@ def download(dataset: str, folder: Path) -> Path:
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 done = done if reply.status == 206 else 0
-                tag.write_text(reply.headers.get("ETag", ""))
-                total = done + int(reply.headers["Content-Length"])
+                length = reply.headers["Content-Length"]
+                total = done + int(length) if length else None
                 with (
                     open(part, "ab" if done else "wb") as f,
                     tqdm(total=total, initial=done, desc=file, unit="B", unit_scale=True, disable=None) as bar,
                 ):
-                    while chunk := reply.read(BLOCK):
+                    tag.write_text(reply.headers.get("ETag", ""))  # once the part of an older file is gone
+                    while chunk := reply.read1(BLOCK):
                         f.write(chunk)
                         bar.update(len(chunk))
                         failures = 0
                     f.flush()
                     os.fsync(f.fileno())
-            if part.stat().st_size < total:
+            if total and part.stat().st_size < total:
                 raise ConnectionError("the connection broke")
             os.replace(part, path)
             tag.unlink()
@@ -58,7 +62,8 @@ def download(dataset: str, folder: Path) -> Path:
             if e.code == 416:  # the part is longer than the file: begin again
                 part.unlink()
             elif e.code < 500:
-                raise UserError(f"{url}: {e.code} {e.reason}; set HF_ENDPOINT to use a mirror") from None
+                reason = str(e.reason).splitlines()[0]
+                raise UserError(f"{url}: {e.code} {reason}; set HF_ENDPOINT to use a mirror") from None
             failures += 1
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             failures += 1

@@ -126,7 +126,7 @@ def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict,
             animal = pick(rng, animals[group])
             name = kind = animal["种类"]
             intro = f"一{animal['量']}{kind}"
-            if rng.random() < 0.4:  # some animals have a name of their own
+            if rng.random() < 0.25:  # some animals have a name of their own
                 name = pick(rng, names["小名"])
                 intro = pick(rng, [f"一{animal['量']}叫{name}的{kind}", f"{kind}{name}"])
             hero = animal | {"名": name, "介": intro, "他": "它"}

@@ -70,6 +70,7 @@ def read_blocks(files: list[Path], text_key: str, title: str):
                     if name.removesuffix(".gz").endswith(".tar"):
                         # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
                         with tarfile.open(fileobj=stream, mode="r|") as archive:
+                            archive.fileobj.seekable = lambda: False  # which Python 3.11 forgets to define
                             for member in archive:
                                 if member.isfile() and member.name.endswith(SUFFIXES):
                                     content = archive.extractfile(member)
@@ -120,25 +121,35 @@ def split_stream(stream, separator: bytes, name: str, head: bytes = b""):
 def read_json(stream, name: str):
     """Stream the elements of one JSON list, so that the file may be larger than memory."""
     reader, decode = codecs.getreader("utf-8-sig")(stream), json.JSONDecoder().raw_decode
-    text, line, number = reader.read(BLOCK).lstrip(), 1, 0
-    if not text.startswith("["):
+    text, line, number = reader.read(BLOCK), 1, 0
+    if not text.lstrip().startswith("["):
         raise UserError(f"{name}: expected a JSON list, found {text[:20]!r}; JSON lines belong in a .jsonl file")
-    at = 1
+    at = text.index("[") + 1
+    between = re.compile(r"\s*(]|)\s*"), re.compile(r"\s*(,|])\s*")  # before the first element, and later
     while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
-        if text.startswith("]", at):
-            return
+        start = re.compile(r"\s*").match(text, at).end()
         try:
-            record, end = decode(text, at)
+            if not (found := between[number > 0].match(text, at)):
+                raise ValueError("a comma is missing")
+            start = found.end()
+            if found[1] == "]":
+                break
+            record, end = decode(text, start)
         except (ValueError, RecursionError) as e:  # broken, or only not all read yet
             more = reader.read(BLOCK) if len(text) - at < LONGEST else ""
-            line += text.count("\n", 0, at)
             if not more:
+                line += text.count("\n", 0, start)
                 raise UserError(f"{name}:{line}: malformed JSON ({e})") from None
+            line += text.count("\n", 0, at)
             text, at = text[at:] + more, 0
         else:
             at, number = end, number + 1
             yield f"{name}, element {number}", record
+    rest = text[start:]
+    while not rest or rest.isspace():
+        if not (rest := reader.read(BLOCK)):
+            return
+    raise UserError(f"{name}: malformed JSON (something follows the list)")
 
 
 def read_csv(stream, name: str):
@@ -148,7 +159,7 @@ def read_csv(stream, name: str):
         for row in rows:
             yield f"{name}:{rows.line_num}", row
     except csv.Error as e:
-        raise UserError(f"{name}:{rows.line_num}: malformed CSV ({e})") from None
+        raise UserError(f"{name}:{rows.reader.line_num}: malformed CSV ({e})") from None
 
 
 def story_of(record, text_key: str, where: str) -> str:

@@ -3,15 +3,17 @@
 import ast
 import contextlib
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import pickle
 import random
 import re
-import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,10 +40,14 @@ MEASURED = ("tokens_per_second", "mfu", "peak_memory")  # what differs from run 
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """Training sets signal handlers, the type of algorithms and the random state: put them back."""
+    """Training sets signal handlers, the type of algorithms and the random state: put them back.
+
+    One thread is enough for models this small, and many on a busy machine wait for each other."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
@@ -53,8 +59,9 @@ def arguments(data_dir, out_dir, **changes):
 
 
 def start(*args, **changes):
+    """Start `python ARGS` with these settings and go on at once."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *args, *arguments(**changes)]
+    command = [sys.executable, *args, *arguments(**changes)[1:]]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -126,33 +133,27 @@ class Rows:
 
 
 def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_token_loss, **changes):
-    """Call the loop itself. Returns the model and the gradients of each step, summed over its micro-batches."""
+    """Call the loop itself. Returns the model, the gradients of the last step and the micro-batches it was fed."""
     s = Settings(**TINY | {"data_dir": str(tiny_data), "out_dir": str(out_dir), "dtype": "float32"} | changes)
     train_data, val_data, tokenizer = train.open_data(s)
     if model is None:
         torch.manual_seed(5)
         model = GPT(config_of(tiny_data))
-    newest, steps = {}, []
+    newest, calls = {}, []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: newest.__setitem__(name, p.grad.clone()))
-    steps_of = SimpleNamespace(gradients=steps)
 
-    def watched(*args):
-        loss = loss_fn(*args)
-        steps_of.calls = getattr(steps_of, "calls", 0) + 1
-        return loss
+    def watched(model, batch):
+        if torch.is_grad_enabled():  # training, not evaluation
+            calls.append(batch)
+        return loss_fn(model, batch)
 
     train.train(s, model, data or train_data, val_data, tokenizer, watched)
-    return SimpleNamespace(model=model, gradients=newest, calls=steps_of.calls)
+    return SimpleNamespace(model=model, gradients=newest, batches=calls)
 
 
-def slow_loss(model, data, first, count):
-    """The mean over all targets that count, one sequence, one target at a time, in float64."""
-    model = GPT(model.config).double().requires_grad_(True)
-    return model, lambda: sum_over(model, data, first, count)
-
-
-def sum_over(model, data, first, count):
+def mean_loss(model, data, first, count):
+    """The mean over all targets that count, one sequence and one target at a time."""
     total, targets = 0.0, 0
     for n in range(first, first + count):
         row = data.batch(n, 1)
@@ -175,12 +176,12 @@ def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
         out = tmp_path / f"{size}"
         run_ = train_here(tiny_data, out, data, batch_size=size, gradient_accumulation_steps=accumulated, max_iters=1,
                           log_interval=1, grad_clip=0.0, optimizer="adamw", learning_rate=1e-12)  # fmt: skip
-        assert run_.calls == accumulated
+        assert [len(b["tokens"]) for b in run_.batches] == [size] * accumulated
         found[size] = run_.gradients, metrics_of(out)[0]
     torch.manual_seed(5)
     reference = GPT(config).double()
     data = data or TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
-    loss = sum_over(reference, data, 0, 8)
+    loss = mean_loss(reference, data, 0, 8)
     loss.backward()
     norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
     for gradients, line in found.values():
@@ -192,13 +193,42 @@ def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
         torch.testing.assert_close(found[8][0][name], found[2][0][name], rtol=1e-4, atol=1e-7)
 
 
+def test_document_mask_hides_the_story_before(tiny_data, tmp_path):
+    """With document_mask the loss is that of every story, and every piece of one, read alone in float64."""
+    config = config_of(tiny_data)
+    end = json.loads((tiny_data / "meta.json").read_text())["end_token"]
+    data = TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    torch.manual_seed(5)
+    model = GPT(config)
+    for p in model.parameters():  # attention that matters
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
+    reference, total, pieces = GPT(config).double(), 0.0, 0
+    reference.load_state_dict(model.state_dict())
+    for n in range(40):
+        row = data.batch(n, 1)
+        starts = [0] + [i for i, t in enumerate(row["tokens"][0].tolist()) if t == end and i] + [config.block_size]
+        for a, b in itertools.pairwise(starts):  # the end of a story stands at the head of the next
+            logits = reference(row["tokens"][:, a:b])[0]
+            total += F.cross_entropy(logits, row["targets"][0, a:b], reduction="sum").item()
+            pieces += 1
+    assert pieces > 40
+    s = {"batch_size": 40, "max_iters": 1, "log_interval": 1}
+    for mask in (True, False):
+        copy = GPT(config)
+        copy.load_state_dict(model.state_dict())
+        train_here(tiny_data, tmp_path / f"{mask}", model=copy, document_mask=mask, **s)
+    with_mask, without = (metrics_of(tmp_path / f"{mask}")[0]["loss"] for mask in (True, False))
+    assert with_mask == pytest.approx(total / (40 * config.block_size), rel=1e-6)
+    assert without != pytest.approx(with_mask, rel=1e-4)
+
+
 def by_hand(model, data, s, names):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) with clipping by norm, in float64, on the named parameters."""
     model = model.double()
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(s["max_iters"]):
         model.zero_grad()
-        sum_over(model, data, step * s["batch_size"], s["batch_size"]).backward()
+        mean_loss(model, data, step * s["batch_size"], s["batch_size"]).backward()
         norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
         share = min(1.0, s["grad_clip"] / norm)
         rate = s["learning_rate"] * (step + 1) / s["warmup_iters"]
@@ -250,7 +280,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
         if name in inside:
             scale = s["learning_rate"] * 0.2 * math.sqrt(max(moved.shape))
             singular = torch.linalg.svdvals(moved) / scale
-            assert 0.3 < singular.min() and singular.max() < 1.4, (name, singular)
+            assert singular.min() > 0.3 and singular.max() < 1.4, (name, singular)
         else:
             expected = reference.get_parameter(name).detach() - before[name]
             assert (moved - expected).norm() < 2e-3 * expected.norm(), name
@@ -321,13 +351,11 @@ def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
     tokens.tofile(folder / "train.bin")
     taken = []
 
-    def loss(model, batch):
-        taken.extend(map(tuple, torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1).tolist()))
-        return train.next_token_loss(model, batch)
-
-    changes = {"batch_size": 3, "gradient_accumulation_steps": 2, "loss_fn": loss, "max_iters": 4, "save_interval": 4}
-    train_here(folder, tmp_path / "out", **changes)  # 4 steps of 6 sequences: an epoch of 24
-    train_here(folder, tmp_path / "out", **changes | {"max_iters": 8}, resume=True)
+    changes = {"batch_size": 3, "gradient_accumulation_steps": 2, "save_interval": 4}
+    for more in ({"max_iters": 4}, {"max_iters": 8, "resume": True}):  # 4 steps of 6 sequences: an epoch of 24
+        for batch in train_here(folder, tmp_path / "out", **changes, **more).batches:
+            assert len(batch["tokens"]) == 3
+            taken.extend(map(tuple, torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1).tolist()))
     expected = sorted(tuple(tokens[i * 32 : (i + 1) * 32 + 1].tolist()) for i in range(24))
     assert len(set(expected)) == 24
     assert sorted(taken[:24]) == sorted(taken[24:]) == expected
@@ -338,13 +366,29 @@ def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
 # A whole run, and what it leaves
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
-def whole(request, tiny_data, tmp_path_factory):
-    """A run of 12 steps that nothing stopped."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    changes = {"optimizer": request.param, "eval_interval": 4}
-    done = run_script(*arguments(tiny_data, out, **changes))
-    return SimpleNamespace(out=out, changes=changes, stdout=done.stdout, data=tiny_data)
+@pytest.fixture(scope="module")
+def whole_run(tiny_data, tmp_path_factory):
+    """Runs of 12 steps that nothing stopped, one for each optimizer."""
+    made = {}
+
+    def run_of(optimizer):
+        if optimizer not in made:
+            out, changes = tmp_path_factory.mktemp("whole") / "out", {"optimizer": optimizer, "eval_interval": 4}
+            done = run_script(*arguments(tiny_data, out, **changes))
+            made[optimizer] = SimpleNamespace(out=out, changes=changes, stdout=done.stdout, data=tiny_data)
+        return made[optimizer]
+
+    return run_of
+
+
+@pytest.fixture(params=["adamw", "muon"])
+def whole(request, whole_run):
+    return whole_run(request.param)
+
+
+@pytest.fixture
+def adamw(whole_run):
+    return whole_run("adamw")
 
 
 def test_what_a_run_prints(whole):
@@ -451,64 +495,64 @@ def test_resume_is_exact(whole, tmp_path):
     (out / "ckpt.tmp").write_bytes((out / "ckpt_000008.pt").read_bytes()[:1000])
     (out / "ckpt_000099.pt.tmp").write_bytes(b"not one of ours")
     done = run_script(*arguments(whole.data, out, **whole.changes, resume=True, sample_interval=3))
+    assert "step 8" in done.stdout
     same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
     assert lines_of(out) == lines_of(whole.out)
     assert not (out / "ckpt.tmp").exists()
-    assert len(done.stdout) > len(whole.stdout) - 100 and done.stdout.count("validation loss") == 1
+    told = done.stdout.split("step 12: validation loss")[1].split("\n", 1)[1].strip()
+    assert len(told) > 10 and "validation loss" not in told  # the story that was told at the end
 
 
-def test_finished_run_resumed_changes_nothing(whole, tmp_path):
+def test_finished_run_resumed_changes_nothing(adamw, tmp_path):
     out = tmp_path / "out"
-    stopped_at(whole.out, out, 12)
+    stopped_at(adamw.out, out, 12)
     before = (out / "ckpt_000012.pt").read_bytes()
-    run_script(*arguments(whole.data, out, **whole.changes, resume=True))
-    assert (out / "ckpt_000012.pt").read_bytes() == before and lines_of(out) == lines_of(whole.out)
+    run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+    assert (out / "ckpt_000012.pt").read_bytes() == before and lines_of(out) == lines_of(adamw.out)
 
 
-def test_resume_takes_the_checkpoint_before_a_damaged_one(whole, tmp_path):
+@pytest.mark.parametrize("kind", ["cut", "short", "empty", "zeroed"])
+def test_resume_takes_the_checkpoint_before_a_damaged_one(kind, adamw, tmp_path):
     """Cut off, emptied and zeroed in the middle: each is seen, said, and the one before is taken."""
-    good = (whole.out / "ckpt_000012.pt").read_bytes()
+    good = (adamw.out / "ckpt_000012.pt").read_bytes()
     half = len(good) // 2
-    for name, damaged in (
-        ("cut", good[:half]),
-        ("short", good[:11]),
-        ("empty", b""),
-        ("zeroed", good[:half] + bytes(4096) + good[half + 4096 :]),
-    ):
-        out = tmp_path / name
-        stopped_at(whole.out, out, 8)
-        (out / "ckpt_000012.pt").write_bytes(damaged)
-        done = run_here(*arguments(whole.data, out, **whole.changes, resume=True))
-        assert done.returncode == 0, (name, done.stderr)
-        (said,) = done.stderr.strip().splitlines()
-        assert "ckpt_000012.pt" in said and "taking the one before" in said, (name, said)
-        assert "from" not in name and read_checkpoint(out / "ckpt_000012.pt")["step"] == 12
-        assert [x["step"] for x in metrics_of(out) if "loss" in x] == [2, 4, 6, 8, 10, 12]
+    damaged = {"cut": good[:half], "short": good[:11], "empty": b""}
+    damaged["zeroed"] = good[:half] + bytes(4096) + good[half + 4096 :]
+    out = tmp_path / kind
+    stopped_at(adamw.out, out, 8)
+    (out / "ckpt_000012.pt").write_bytes(damaged[kind])
+    done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+    assert done.returncode == 0, done.stderr
+    assert "ckpt_000012.pt" in done.stderr and "taking the one before" in done.stderr, done.stderr
+    assert "step 8" in done.stdout and read_checkpoint(out / "ckpt_000012.pt")["step"] == 12
+    assert [x["step"] for x in metrics_of(out) if "loss" in x] == [2, 4, 6, 8, 10, 12]
 
 
-KILLS = 4
+LONGER = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_blocks": 4}
 
 
-def test_killed_at_random_and_resumed(tiny_data, tmp_path):
+@pytest.fixture(scope="module")
+def alone(tiny_data, tmp_path_factory):
+    """A longer run that nothing stopped, to compare those with that were."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run_script(*arguments(tiny_data, out, **LONGER))
+    return out
+
+
+def test_killed_at_random_and_resumed(alone, tiny_data, tmp_path):
     """kill -9 again and again: every checkpoint found is whole, and the end is that of a run left alone."""
-    changes = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_blocks": 4}
-    out, alone = tmp_path / "killed", tmp_path / "alone"
-    other = start(data_dir=tiny_data, out_dir=alone, **changes)
-    rng, killed_at = random.Random(), []
-    for i in range(KILLS):
-        process = start(data_dir=tiny_data, out_dir=out, **changes, resume=True)
-        wait_for_step(process, out, 12 * i + 2)
-        time.sleep(rng.random() * 0.15)
-        process.kill()
-        process.wait()
+    out, killed_at = tmp_path / "out", []
+    for i in range(3):
+        process = start("train.py", data_dir=tiny_data, out_dir=out, **LONGER, resume=True)
+        if i < 2:
+            wait_for_step(process, out, 20 * i + 2)
+            time.sleep(random.random() * 0.2)
+            process.kill()
+        _, stderr = process.communicate(timeout=120)
         found = find_checkpoints(out)
         killed_at.append(read_checkpoint(found[0])["step"] if found else 0)
-        assert all(read_checkpoint(path) for path in found)
-    process = start(data_dir=tiny_data, out_dir=out, **changes, resume=True)
-    stdout, stderr = process.communicate(timeout=120)
+        assert all(read_checkpoint(path) for path in found), killed_at
     assert process.returncode == 0, stderr
-    _, stderr = other.communicate(timeout=120)
-    assert other.returncode == 0, stderr
     same_state(out / "ckpt_000060.pt", alone / "ckpt_000060.pt")
     assert lines_of(out) == lines_of(alone), killed_at
     logged = [x["step"] for x in metrics_of(out) if "loss" in x]
@@ -516,26 +560,19 @@ def test_killed_at_random_and_resumed(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "folder"), [(signal.SIGINT, "out"), (signal.SIGTERM, "我的 模型")])
-def test_signal_saves_and_tells_how_to_resume(number, folder, whole, tiny_data, tmp_path):
+def test_signal_saves_and_tells_how_to_resume(number, folder, alone, tiny_data, tmp_path):
     """The step is finished and saved, the exit status is 0, and the command printed, typed into a shell,
     ends where a run left alone ends."""
-    if whole.changes["optimizer"] != "adamw":
-        pytest.skip("once is enough")
-    changes = {"max_iters": 60, "save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
-    out, alone = tmp_path / folder, tmp_path / "alone"
-    other = start(data_dir=tiny_data, out_dir=alone, **changes)
-    process = start(data_dir=tiny_data, out_dir=out, **changes)
+    out, changes = tmp_path / folder, LONGER | {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
+    process = start("train.py", data_dir=tiny_data, out_dir=out, **changes)
     wait_for_step(process, out, 5)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert not stderr.strip()
+    assert process.returncode == 0 and not stderr.strip(), stderr
     (path,) = find_checkpoints(out)
     step = read_checkpoint(path)["step"]
     assert 5 <= step < 60 and path.name == f"ckpt_{step:06d}.pt"
     assert metrics_of(out)[-1]["step"] == step
-    _, stderr = other.communicate(timeout=120)
-    assert other.returncode == 0, stderr
     last = stdout.strip().splitlines()[-1]
     assert f"step {step}" in last and "--resume=True" in last
     command = last[last.index("python ") :]
@@ -543,48 +580,54 @@ def test_signal_saves_and_tells_how_to_resume(number, folder, whole, tiny_data, 
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (command, done.stderr)
     same_state(out / "ckpt_000060.pt", alone / "ckpt_000060.pt")
-    logged = [x["step"] for x in metrics_of(out) if "loss" in x]
-    assert logged == list(range(1, 61))
+    assert [x["step"] for x in metrics_of(out) if "loss" in x] == list(range(1, 61))
 
 
-def test_out_dir_that_holds_a_run(whole):
-    done = run_here(*arguments(whole.data, whole.out, **whole.changes))
-    assert_one_line_error(done, whole.out, "--resume=True")
-    assert read_checkpoint(whole.out)["step"] == 12
+def test_out_dir_that_holds_a_run(adamw):
+    done = run_here(*arguments(adamw.data, adamw.out, **adamw.changes))
+    assert_one_line_error(done, adamw.out, "--resume=True")
+    assert read_checkpoint(adamw.out)["step"] == 12
 
 
 def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
     done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, resume=True))
-    assert done.returncode == 0 and "nothing to resume" in done.stdout
+    assert done.returncode == 0 and "from the beginning" in done.stdout
     assert read_checkpoint(tmp_path / "out")["step"] == 1
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("block_size", 16), ("batch_size", 2), ("gradient_accumulation_steps", 2), ("optimizer", None), ("seed", 1)]
-    + [("n_layer", 1), ("head_dim", 8), ("qk_norm", False)],
+    {
+        "block_size": 16,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": "muon",
+        "seed": 1,
+        "n_layer": 1,
+        "head_dim": 8,
+        "qk_norm": False,
+    }.items(),
 )
-def test_resume_with_other_settings(key, value, whole, tmp_path):
+def test_resume_with_other_settings(key, value, adamw, tmp_path):
     """What would make it another run is refused by name, or by the word for it, and nothing is touched."""
     out = tmp_path / "out"
-    stopped_at(whole.out, out, 8)
+    stopped_at(adamw.out, out, 8)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    value = value if key != "optimizer" else {"adamw": "muon", "muon": "adamw"}[whole.changes["optimizer"]]
-    done = run_here(*arguments(whole.data, out, **whole.changes | {key: value}, resume=True))
+    done = run_here(*arguments(adamw.data, out, **adamw.changes | {key: value}, resume=True))
     assert_one_line_error(done, out, "shape" if key in ("n_layer", "head_dim", "qk_norm") else key)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_resume_with_another_tokenizer(whole, tmp_path):
+def test_resume_with_another_tokenizer(adamw, tmp_path):
     folder, out = tmp_path / "data", tmp_path / "out"
-    shutil.copytree(whole.data, folder)
+    shutil.copytree(adamw.data, folder)
     model = (folder / "tokenizer.model").read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
     (folder / "tokenizer.model").write_bytes(model)
     meta = json.loads((folder / "meta.json").read_text())
     meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
-    stopped_at(whole.out, out, 8)
-    done = run_here(*arguments(folder, out, **whole.changes, resume=True))
+    stopped_at(adamw.out, out, 8)
+    done = run_here(*arguments(folder, out, **adamw.changes, resume=True))
     assert_one_line_error(done, out, "tokenizer")
 
 
@@ -592,14 +635,14 @@ def test_resume_with_another_tokenizer(whole, tmp_path):
 # Losses that are not finite
 
 
-def test_nan_weights_stop_the_run(whole, tmp_path):
+def test_nan_weights_stop_the_run(adamw, tmp_path):
     """A checkpoint whose weights are not numbers: the very next step is named, and no bad one is saved."""
     out = tmp_path / "out"
-    stopped_at(whole.out, out, 8)
+    stopped_at(adamw.out, out, 8)
     state = read_checkpoint(out / "ckpt_000008.pt")
     state["model"]["embedding.weight"][:] = math.nan
     torch.save(state, out / "ckpt_000008.pt")
-    done = run_script(*arguments(whole.data, out, **whole.changes, resume=True), check=False)
+    done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
     assert_one_line_error(done, "step 9:", "nan", "learning_rate")
     assert [p.name for p in find_checkpoints(out)] == ["ckpt_000008.pt"]
 
@@ -612,7 +655,7 @@ def test_the_step_is_named_and_the_last_good_checkpoint_kept(bad, at, tiny_data,
 
     def loss(model, batch):
         nonlocal calls
-        calls += 1
+        calls += torch.is_grad_enabled()
         value = train.next_token_loss(model, batch)
         if calls == at:
             value = value * math.inf if bad == "loss" else value + (value - value).sqrt()
@@ -621,7 +664,7 @@ def test_the_step_is_named_and_the_last_good_checkpoint_kept(bad, at, tiny_data,
     with pytest.raises(UserError) as e:
         train_here(tiny_data, tmp_path / "out", loss_fn=loss, log_interval=3)
     assert len(str(e.value).splitlines()) == 1
-    assert str(e.value).startswith(f"step {at}:") and "up to step 4 " in str(e.value)
+    assert str(e.value).startswith(f"step {at}:") and "step 4" in str(e.value)
     (path,) = find_checkpoints(tmp_path / "out")
     state = read_checkpoint(path)
     assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
@@ -629,7 +672,7 @@ def test_the_step_is_named_and_the_last_good_checkpoint_kept(bad, at, tiny_data,
 
 
 def test_learning_rate_far_too_high(tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", learning_rate=1e30, optimizer="adamw", warmup_iters=0,
+    done = run_here(*arguments(tiny_data, tmp_path / "out", learning_rate=1e18, optimizer="adamw", warmup_iters=0,
                                dtype="float32"))  # fmt: skip
     assert_one_line_error(done, "step 2:", "learning_rate")
 
@@ -639,13 +682,13 @@ def test_learning_rate_far_too_high(tiny_data, tmp_path):
 
 
 RECORD = """
-import json, os, sys
+import json, os, sys, torch
 sys.path.insert(0, {root!r})
 import train
 rank, original = os.environ["RANK"], train.train
 def loss(model, batch):
     with open({folder!r} + "/seen" + rank, "a") as f:
-        for row in batch["tokens"].tolist():
+        for row in batch["tokens"].tolist() if torch.is_grad_enabled() else ():
             f.write(json.dumps(row) + "\\n")
     return train.next_token_loss(model, batch)
 train.train = lambda *args: original(*args, loss_fn=loss)
@@ -655,8 +698,6 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=
 
 
 def torchrun():
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return [a.format(port=s.getsockname()[1]) for a in TORCHRUN]
@@ -671,7 +712,7 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
     one = []
 
     def loss(model, batch):
-        one.extend(batch["tokens"].tolist())
+        one.extend(batch["tokens"].tolist() if torch.is_grad_enabled() else ())
         return train.next_token_loss(model, batch)
 
     s = Settings(**TINY | changes | {"data_dir": str(tiny_data), "out_dir": str(tmp_path / "one")})
@@ -689,19 +730,19 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
 
 
 def test_two_processes_stop_together_and_resume(tiny_data, tmp_path):
-    """SIGTERM to torchrun: one checkpoint, of a step both have finished; resumed by two, the run ends as one
-    process alone ends it."""
+    """SIGTERM to torchrun: one checkpoint, of a step both have finished; resumed by one process, the run has
+    the loss curve of one that never stopped."""
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 40}
     changes |= {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
     out = tmp_path / "two"
-    process = start(*torchrun(), data_dir=tiny_data, out_dir=out, **changes)
+    process = start(*torchrun(), "train.py", data_dir=tiny_data, out_dir=out, **changes)
     wait_for_step(process, out, 3)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
     (path,) = find_checkpoints(out)
     step = read_checkpoint(path)["step"]
     assert 3 <= step < 40 and f"step {step}" in stdout and "--resume=True" in stdout, stdout + stderr
-    run_script(*torchrun(), *arguments(tiny_data, out, **changes, resume=True))
+    assert run_here(*arguments(tiny_data, out, **changes, resume=True)).returncode == 0
     s = Settings(**TINY | changes | {"data_dir": str(tiny_data), "out_dir": str(tmp_path / "one")})
     torch.manual_seed(s.seed)
     train.train(s, GPT(config_of(tiny_data)), *train.open_data(s))
@@ -728,7 +769,7 @@ def test_types_of_the_products(dtype, tiny_data, tmp_path):
     torch.manual_seed(5)
     model = GPT(config_of(tiny_data))
     model.blocks[0].mlp.up_proj.register_forward_hook(lambda module, args, y: seen.add(y.dtype))
-    train_here(tiny_data, tmp_path / "out", model=model, dtype=dtype, max_iters=30, learning_rate=0.02, grad_clip=0.0)
+    train_here(tiny_data, tmp_path / "out", model=model, dtype=dtype, max_iters=15, learning_rate=0.02, grad_clip=0.0)
     assert seen == {getattr(torch, dtype)}
     losses = [x["loss"] for x in metrics_of(tmp_path / "out") if "loss" in x]
     assert losses[-1] < losses[0] - 0.5
@@ -740,8 +781,8 @@ def test_types_of_the_products(dtype, tiny_data, tmp_path):
 def test_auto_is_found_on_a_cpu(tiny_data, tmp_path):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there is something better here")
-    done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, device="auto", dtype="float16"))
-    assert done.returncode == 0 and "cpu, torch.float16" in done.stdout
+    done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, device="auto"))
+    assert done.returncode == 0 and "cpu, torch.bfloat16" in done.stdout
 
 
 @pytest.mark.parametrize("there", [[], ["clang++"]])
@@ -764,7 +805,7 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
 def test_resume_is_exact_when_compiled(tiny_data, tmp_path):
     """With deterministic=True, on two threads."""
-    changes = {"compile": True, "deterministic": True, "n_layer": 1, "eval_interval": 1000, "max_iters": 12}
+    changes = {"compile": True, "deterministic": True}
     whole = tmp_path / "whole"
     run_script(*arguments(tiny_data, whole, **changes), OMP_NUM_THREADS="2")
     stopped_at(whole, tmp_path / "out", 8)
@@ -779,8 +820,6 @@ def test_resume_is_exact_when_compiled(tiny_data, tmp_path):
 
 def run_here(*args):
     """`python train.py ARGS` in this process, which spares the seconds that PyTorch takes to start."""
-    import io
-
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv, code = [str(a) for a in args], 0
     try:
@@ -827,8 +866,19 @@ def test_missing_and_empty_files(name, spoilt):
 
 @pytest.mark.parametrize(
     "text",
-    [b"{", b"[]", b"{}", b"null", b"3", b'"x"', b"\xff\xfe", b'{"vocab_size": 2000}', b"\0" * 100, b"[" * 100_000]
-    + [b'{"vocab_size": "x", "tokenizer_sha256": 3}'],
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b"null",
+        b"3",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"vocab_size": 2000}',
+        b"\0" * 100,
+        b"[" * 100_000,
+        b'{"vocab_size": "x", "tokenizer_sha256": 3}',
+    ],
     ids=range(11),
 )
 def test_damaged_meta(text, spoilt):
@@ -878,7 +928,7 @@ def test_bins_that_cannot_be(name, spoilt):
 
 
 def test_block_size_longer_than_the_data(spoilt):
-    spoilt("val.bin", "block_size", "1000000", block_size=1_000_000)
+    spoilt(".bin", "block_size", "1000000", block_size=1_000_000)
 
 
 def test_shapes_that_cannot_be(spoilt):
@@ -890,13 +940,12 @@ def test_shapes_that_cannot_be(spoilt):
 def test_cuda_asked_for_and_absent(spoilt):
     spoilt("cuda", "cpu", device="cuda")
     spoilt("cuda:1", device="cuda:1")
-    assert_one_line_error(run_script(*arguments(spoilt.folder, spoilt.out, device="cuda"), check=False), "cuda")
 
 
 def test_out_dir_that_cannot_be_written(tiny_data, tmp_path):
     (tmp_path / "file").write_text("a file")
-    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/none/out"):
-        assert_one_line_error(run_here(*arguments(tiny_data, out)), out)
+    for out, word in ((tmp_path / "file",) * 2, (tmp_path / "file" / "out",) * 2, ("/proc/none/out", "/proc/none")):
+        assert_one_line_error(run_here(*arguments(tiny_data, out)), word)
     assert (tmp_path / "file").read_text() == "a file"
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o500)
@@ -911,39 +960,54 @@ class Evil:
         return os.mkdir, (self.mark,)
 
 
-def test_malicious_checkpoints_are_not_run(whole, tmp_path):
+def test_malicious_checkpoints_are_not_run(adamw, tmp_path):
     """As PyTorch saves them and as plain pickles, inside an otherwise good one too."""
     mark = tmp_path / "mark"
-    good = read_checkpoint(whole.out / "ckpt_000008.pt")
+    good = read_checkpoint(adamw.out / "ckpt_000008.pt")
     for i, evil in enumerate((Evil(mark), good | {"model": Evil(mark)}, good | {"extra": [Evil(mark)]})):
         for save in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
             out = tmp_path / f"out{i}"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             save(evil, out / "ckpt_000008.pt")
-            done = run_here(*arguments(whole.data, out, **whole.changes, resume=True))
-            assert_one_line_error(done, "ckpt_000008.pt", "refused")
+            done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+            assert_one_line_error(done, "ckpt_000008.pt")
             assert not mark.exists()
 
 
-@pytest.mark.parametrize("what", [{"a": 1}, [1, 2], None, 7, "text", torch.zeros(3), {"model": {}}, {1: 2}], ids=range(8))
-def test_foreign_checkpoints(what, whole, tmp_path):
+FOREIGN = [{"a": 1}, [1, 2], None, 7, "text", torch.zeros(3), {"model": {}}, {1: 2}]
+
+
+@pytest.mark.parametrize("what", FOREIGN, ids=range(8))
+def test_foreign_checkpoints(what, adamw, tmp_path):
     torch.save(what, tmp_path / "ckpt_000008.pt")
-    done = run_here(*arguments(whole.data, tmp_path, **whole.changes, resume=True))
+    done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
     assert_one_line_error(done, "ckpt_000008.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt_000008.pt"]
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("settings", {}), ("settings", None), ("model", {}), ("model", None), ("optimizers", None), ("optimizers", [])]
-    + [("step", "eight"), ("scaler", None), ("random_state", None), ("model_config", {}), ("tokenizer", None)],
+    [
+        ("settings", {}),
+        ("settings", None),
+        ("model", {}),
+        ("model", None),
+        ("optimizers", None),
+        ("optimizers", []),
+        ("step", "eight"),
+        ("scaler", None),
+        ("random_state", None),
+        ("model_config", {}),
+        ("tokenizer", None),
+    ],
 )
-def test_checkpoints_with_a_part_missing_or_wrong(key, value, whole, tmp_path):
-    state = read_checkpoint(whole.out / "ckpt_000008.pt")
-    for changed in (state | {key: value}, {k: v for k, v in state.items() if k != key}):
+def test_checkpoints_with_a_part_missing_or_wrong(key, value, adamw, tmp_path):
+    state = read_checkpoint(adamw.out / "ckpt_000008.pt")
+    wrong = [{k: v for k, v in state.items() if k != key}, state | {key: value}]
+    for changed in wrong[: 1 if key == "scaler" else 2]:  # bfloat16 needs no scaler, whatever its state
         torch.save(changed, tmp_path / "ckpt_000008.pt")
-        done = run_here(*arguments(whole.data, tmp_path, **whole.changes, resume=True))
+        done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
         assert_one_line_error(done, tmp_path)
 
 
@@ -952,10 +1016,10 @@ def test_checkpoints_with_a_part_missing_or_wrong(key, value, whole, tmp_path):
     st.binary(max_size=80)
     | st.binary(max_size=40).map(lambda b: b"\x80\x02" + b)
     | st.tuples(st.integers(0, 90), st.integers(0, 255)).map(
-        lambda t: (b := bytearray(pickle.dumps({"model": {"a": 1.5}, "step": [3, "x"]}, 2))).__setitem__(
-            t[0] % len(b), t[1]
+        lambda t: (
+            (b := bytearray(pickle.dumps({"model": {"a": 1.5}, "step": [3, "x"]}, 2))).__setitem__(t[0] % len(b), t[1])
+            or bytes(b)
         )
-        or bytes(b)
     )
 )
 @pytest.mark.filterwarnings("ignore")
@@ -968,10 +1032,11 @@ def test_no_bytes_at_all_make_a_traceback(tmp_path_factory, data):
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 1, exclude_max=True), st.sampled_from(["cut", "zero", "flip"]))
-def test_no_damage_goes_unseen(tmp_path_factory, whole_checkpoint, where, kind):
+def test_no_damage_goes_unseen(tmp_path_factory, whole_run, where, kind):
     """Cut anywhere, 64 bytes zeroed or one bit turned over anywhere: refused, or (where only filling between
     the parts was hit) exactly what was saved."""
-    data, state = whole_checkpoint
+    original = whole_run("adamw").out / "ckpt_000012.pt"
+    data, state = original.read_bytes(), read_checkpoint(original)
     at = int(where * len(data))
     damaged = bytearray(data[:at] if kind == "cut" else data)
     if kind == "zero":
@@ -988,14 +1053,6 @@ def test_no_damage_goes_unseen(tmp_path_factory, whole_checkpoint, where, kind):
         same(found, state)
 
 
-@pytest.fixture(scope="module")
-def whole_checkpoint(tiny_data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("damaged") / "out"
-    run_script(*arguments(tiny_data, out, max_iters=1))
-    (path,) = find_checkpoints(out)
-    return path.read_bytes(), read_checkpoint(path)
-
-
 def test_full_disk_keeps_the_checkpoints_before(tiny_data, tmp_path):
     """A disk with room for two checkpoints but not for the third beside them."""
     disk = tmp_path / "disk"
@@ -1006,12 +1063,8 @@ def test_full_disk_keeps_the_checkpoints_before(tiny_data, tmp_path):
     try:
         done = run_script(*arguments(tiny_data, disk / "out", optimizer="adamw"), check=False)
         assert_one_line_error(done, "ckpt_000012.pt", "No space left", "--resume=True")
-        assert sorted(p.name for p in (disk / "out").iterdir()) == [
-            "ckpt_000004.pt",
-            "ckpt_000008.pt",
-            "metrics.jsonl",
-        ]
+        names = ["ckpt_000004.pt", "ckpt_000008.pt", "metrics.jsonl"]
+        assert sorted(p.name for p in (disk / "out").iterdir()) == names
         assert read_checkpoint(disk / "out")["step"] == 8
-        assert shlex.quote(str(disk))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,879 @@
+"""From inputs to token files, read back the way nanoGPT reads them; and every input that must be refused."""
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import ROOT, assert_one_line_error, run_script
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import prepare
+import stories.read
+from stories.read import UserError, find_inputs, read_blocks, texts_of
+
+END = "<|endoftext|>"
+MADE = ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
+STORIES = [
+    "猫睡了。",
+    "从前，有一只小兔子叫白白。她喜欢吃胡萝卜😀，也喜欢唱歌。",
+    "Once upon a time, a fox said: “你好！” and ran away.",
+    '小熊第一行。\n小熊第二行。\n\n最后一行，有“引号”,逗号,和"英文引号"。',
+    "café 𠮷野家 👩‍👩‍👧 שלום مرحبا",
+    "</s> 不是结束，<|user|> 也不是，<0x41> <unk> <pad> 都只是字。",
+    *(f"第{i}天，小狗{'汪' * (i % 5 + 1)}捡到了{i * 7}个苹果，分给{i % 4}位朋友。" for i in range(60)),
+]
+ONE_LINE = [s for s in STORIES if "\n" not in s]
+
+
+def reference_clean(text):
+    """The promise of the cleaning, said a second time."""
+    return unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
+
+
+def jsonl(stories, **dumps):
+    return "".join(json.dumps({"story_zh": s}, **dumps) + "\n" for s in stories).encode()
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def read_folder(folder):
+    """{split: its stories}: uint16 read by memmap as nanoGPT does, cut at the end token, decoded."""
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    found = {}
+    for split in ("train", "val"):
+        ids = np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r")
+        assert ids[-1] == meta["end_token"] == tokenizer.eos_id() and ids.max() < meta["vocab_size"]
+        found[split] = [[]]
+        for i in ids.tolist():
+            if i == meta["end_token"]:
+                found[split].append([])
+            else:
+                assert not tokenizer.is_control(i) and not tokenizer.is_unknown(i)
+                found[split][-1].append(i)
+        found[split] = [tokenizer.decode(story) for story in found[split][:-1]]
+    return found
+
+
+def assert_holds(folder, stories):
+    """The folder holds exactly these stories, each once, in this order within either split."""
+    found = read_folder(folder)
+    assert len(found["train"]) + len(found["val"]) == len(stories)
+    for split in found:
+        assert found[split] == [s for s in stories if s in set(found[split])]
+    assert set(found["train"]) | set(found["val"]) == set(stories)
+    return found
+
+
+def files_of(folder):
+    return {name: (folder / name).read_bytes() for name in MADE}
+
+
+def names_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def make(out, *inputs, vocab_size=600, val_fraction=0.2, constants="", **more):
+    """Run prepare.py; `constants` are assignments to its bounds made first, such as "stories.read.BLOCK = 7"."""
+    options = {"out_dir": out, "val_fraction": val_fraction, "vocab_size": vocab_size, **more}
+    args = [*inputs, *(f"--{key}={value}" for key, value in options.items())]
+    if not constants:
+        return run_script("prepare.py", *args)
+    return run_script("-c", f"import prepare, stories.read; {constants}; prepare.run(prepare.main)", *args)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """STORIES as one .jsonl file, prepared: what the other inputs are held against."""
+    folder = tmp_path_factory.mktemp("base")
+    write(folder / "stories.jsonl", jsonl(STORIES, ensure_ascii=False))
+    make(folder / "data", folder / "stories.jsonl")
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base):
+    return prepare.load_tokenizer((base / "tokenizer.model").read_bytes(), "base")
+
+
+@pytest.fixture(scope="session")
+def chatglm(shared):
+    return prepare.load_tokenizer((shared / "chatglm_tokenizer.model").read_bytes(), "ChatGLM")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Every input format
+
+
+def as_csv(stories):
+    out = io.StringIO()
+    rows = csv.writer(out)
+    rows.writerow(["number", "story_zh"])
+    rows.writerows(enumerate(stories))
+    return out.getvalue().encode()
+
+
+def as_tar(files, mode="w"):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+FORMATS = {
+    "a.jsonl": lambda s: jsonl(s),
+    "strings.jsonl": lambda s: "".join(json.dumps(t) + "\n" for t in s).encode(),
+    "blank_lines_no_end.jsonl": lambda s: b"\n" + jsonl(s).replace(b"\n", b"\n \n\n").rstrip(),
+    "bom_crlf.jsonl": lambda s: b"\xef\xbb\xbf" + jsonl(s, ensure_ascii=False).replace(b"\n", b"\r\n"),
+    "a.json": lambda s: json.dumps([{"id": 1, "story_zh": t} for t in s]).encode(),
+    "strings.json": lambda s: json.dumps(s, ensure_ascii=False).encode(),
+    "bom_crlf_pretty.json": lambda s: (
+        b"\xef\xbb\xbf\r\n"
+        + json.dumps([{"story_zh": t} for t in s], ensure_ascii=False, indent=2).replace("\n", "\r\n").encode()
+        + b"\r\n"
+    ),
+    "marked.txt": lambda s: END.join(s).encode(),
+    "marked_lines_bom_crlf.txt": lambda s: (
+        b"\xef\xbb\xbf" + "".join(f"{t}\n{END}\n" for t in s).replace("\n", "\r\n").encode()
+    ),
+    "a.csv": as_csv,
+    "bom.csv": lambda s: b"\xef\xbb\xbf" + as_csv(s),
+}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *(f"{name}.gz" for name in FORMATS if "bom" not in name or "csv" in name)])
+def test_formats_give_the_bins_of_jsonl(base, tmp_path, name):
+    data = FORMATS[name.removesuffix(".gz")](STORIES)
+    write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    make(tmp_path / "out", tmp_path / name)
+    ours, expected = files_of(tmp_path / "out"), files_of(base)
+    for file in ("train.bin", "val.bin", "tokenizer.model"):
+        assert ours[file] == expected[file], file
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_text_one_a_line(tmp_path, tokenizer, start, ends):
+    file = write(tmp_path / "a.txt", start + ends.join(ONE_LINE).encode())
+    make(tmp_path / "out", file)
+    assert_holds(tmp_path / "out", ONE_LINE)
+
+
+def test_every_way_to_name_inputs(base, tmp_path):
+    """Archives, folders, globs and mixes of them give the stories of the one file."""
+    parts = [STORIES[i::4] for i in range(4)]
+    writers = {"0.jsonl": jsonl, "1.json": FORMATS["a.json"], "2.txt": FORMATS["marked.txt"], "3.csv": as_csv}
+    files = {name: form(part) for (name, form), part in zip(writers.items(), parts, strict=True)}
+    ordered = [s for part in parts for s in part]
+    for name, data in files.items():
+        write(tmp_path / "flat" / name, data)
+        write(tmp_path / "zipped" / "deep" / f"{name}.gz", gzip.compress(data))
+    write(tmp_path / "flat" / "notes.md", b"not a story")
+    noise = {"README.md": b"no story", "sub/": b"", "sub/x.bin": b"\xff\x00"}
+    nested = {f"./sub/{name}": data for name, data in files.items()}
+    write(tmp_path / "all.tar.gz", as_tar(noise | nested, "w:gz"))
+    write(tmp_path / "all.tar", as_tar(nested))
+    flat, deep = tmp_path / "flat", tmp_path / "zipped" / "deep"
+    ways = {
+        "folder": [flat],
+        "nested folder of .gz": [tmp_path / "zipped"],
+        ".tar.gz": [tmp_path / "all.tar.gz"],
+        ".tar": [tmp_path / "all.tar"],
+        "glob": [f"{flat}/*"],
+        "glob of any depth": [f"{tmp_path}/zipped/**/*.gz"],
+        "mix": [flat / "0.jsonl", f"{flat}/[12].*", deep / "3.csv.gz"],
+        "overlapping": [flat, tmp_path / "zipped", tmp_path / "all.tar.gz"],
+    }
+    sides = read_folder(base)
+    for i, (way, inputs) in enumerate(ways.items()):
+        make(tmp_path / f"out{i}", *inputs)
+        found = assert_holds(tmp_path / f"out{i}", ordered)
+        assert {k: set(v) for k, v in found.items()} == {k: set(v) for k, v in sides.items()}, way
+        duplicates = json.loads((tmp_path / f"out{i}" / "meta.json").read_text())["dropped"]["duplicate"]
+        assert duplicates == (2 * len(STORIES) if way == "overlapping" else 0), way
+
+
+def test_text_key(tmp_path):
+    rows = [{"story": s, "story_zh": "x"} for s in STORIES]
+    file = write(tmp_path / "a.json", json.dumps(rows).encode())
+    make(tmp_path / "out", file, text_key="story")
+    assert_holds(tmp_path / "out", STORIES)
+
+
+def read_texts(path, text_key="story_zh"):
+    return [t for block in read_blocks([path], text_key, "") for t in texts_of(block, text_key)]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "strings" not in name])
+@pytest.mark.parametrize("packing", ["", ".gz", ".tar.gz"])
+def test_block_borders(tmp_path, monkeypatch, name, packing):
+    """Wherever a block ends, in a character, a marker or a record, the stories stay whole."""
+    data = FORMATS[name](STORIES[:9])
+    path = write(tmp_path / (name + packing), data)
+    if packing == ".gz":
+        path.write_bytes(gzip.compress(data))
+    elif packing:
+        path.write_bytes(as_tar({name: data}, "w:gz"))
+    # A text's first block must show the marker that it is split at.
+    smallest = data.find(END.encode()) + len(END) if name.endswith(".txt") else 3
+    for block in [*range(smallest, 60), 97, 256, 1021]:
+        monkeypatch.setattr(stories.read, "BLOCK", block)
+        texts = [t for t in map(reference_clean, read_texts(path)) if t]
+        assert texts == STORIES[:9], block
+
+
+def test_block_borders_end_to_end(base, tmp_path):
+    """Blocks of 500 bytes, by one process and by three, give the bytes of one block."""
+    file = write(tmp_path / "a.jsonl", jsonl(STORIES, ensure_ascii=False))
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        make(out, file, constants="stories.read.BLOCK = 500", workers=workers)
+        for name in ("train.bin", "val.bin", "tokenizer.model"):
+            assert files_of(out)[name] == files_of(base)[name]
+        ours, expected = (json.loads((f / "meta.json").read_text()) for f in (out, base))
+        del ours["settings"], expected["settings"]
+        assert ours == expected
+
+
+@pytest.mark.parametrize("name, rows", [
+    ("a.jsonl", [b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": "\xe7\x8c}']),
+    ("a.jsonl", [b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": "dog}']),
+    ("a.jsonl", [b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": 3}']),
+    ("a.jsonl", [b'{"story_zh": "\xe7\x8c\xab"}', b'{"story": "dog"}']),
+    ("a.txt", [b"\xe7\x8c\xab", b"\xe7\x8c"]),
+    ("b.txt", [b"a <|endoftext|>", b"\xe7\x8c <|endoftext|>"]),
+])  # fmt: skip
+def test_error_lines_across_blocks(tmp_path, monkeypatch, name, rows):
+    """The line named is the line of the file, whichever block it falls into."""
+    for bad in (1, 2, 7, 30):
+        path = write(tmp_path / name, b"\n".join([rows[0]] * (bad - 1) + [rows[1]] + [rows[0]] * 9))
+        for block in (20, 33, 64, 1000, 1 << 20):
+            monkeypatch.setattr(stories.read, "BLOCK", block)
+            with pytest.raises(UserError, match=re.escape(f"{path}:{bad}:")):
+                read_texts(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cleaning and counting
+
+
+def test_cleaning_and_counts(tmp_path):
+    raw = [
+        "  猫和狗。 \n", "猫和狗。",  # equal once cleaned
+        "cafe\u0301 第一", "café 第一", "caf\u00e9 第一\r\n",  # NFD and NFC
+        "一\r\n二\r三\n四", "一\n二\n三\n四",
+        "", "   ", "\r\n\t ", "\u3000",  # empty
+        "下划▁线", "▁",  # SentencePiece's own space
+        "双  空格\t和\t制表", "\ufeff有记号", "零\0字节", "😀👨‍👩‍👧",
+        *STORIES,
+    ]  # fmt: skip
+    halves = ['{"story_zh": "\\ud800 半个"}\n', '{"story_zh": "半个 \\udc00"}\n', '{"story_zh": "\\udc00\\ud800"}\n']
+    whole = '{"story_zh": "\\ud83d\\ude00 两半成一个"}\n'
+    file = write(tmp_path / "a.jsonl", jsonl(raw) + "".join([*halves, whole]).encode())
+    make(tmp_path / "out", file)
+
+    cleaned = [reference_clean(t) for t in [*raw, "😀 两半成一个"]]
+    kept = [t for t in cleaned if t and "▁" not in t]
+    unique = list(dict.fromkeys(kept))
+    found = assert_holds(tmp_path / "out", unique)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["dropped"] == {"duplicate": len(kept) - len(unique), "empty": 4, "not_unicode": 3, "unencodable": 2}
+    for split, texts in found.items():
+        assert meta[split] == {
+            "stories": len(texts),
+            "tokens": (tmp_path / "out" / f"{split}.bin").stat().st_size // 2,
+            "characters": sum(map(len, texts)),
+            "bytes": sum(len(t.encode()) for t in texts),
+        }
+    model = (tmp_path / "out" / "tokenizer.model").read_bytes()
+    assert meta["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
+    loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert (meta["vocab_size"], meta["end_token"]) == (loaded.vocab_size(), loaded.eos_id())
+    expected = {"val_fraction": 0.2, "vocab_size": 600, "text_key": "story_zh", "inputs": [str(file)]}
+    assert expected.items() <= meta["settings"].items()
+
+
+def test_blocks_without_stories(tmp_path):
+    """Files and blocks in which nothing is left are no reason to stop."""
+    write(tmp_path / "in" / "0.jsonl", b"\n\n\n")
+    write(tmp_path / "in" / "1.jsonl", jsonl(STORIES))
+    write(tmp_path / "in" / "2.jsonl", jsonl(["", " "]))
+    write(tmp_path / "in" / "3.txt", b"")
+    write(tmp_path / "in" / "4.json", b"[]")
+    write(tmp_path / "in" / "5.txt", b"\r\n\r\n")
+    make(tmp_path / "out", tmp_path / "in")
+    assert_holds(tmp_path / "out", STORIES)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The split
+
+
+def test_a_story_never_changes_sides(base, tmp_path):
+    """Whatever the order of files, the company, the workers, the format and the tokenizer."""
+    sides = {k: set(v) for k, v in read_folder(base).items()}
+    more = [f"另一个故事，第{i}个。" for i in range(200)]
+    shuffled = random.Random(7).sample(STORIES + more, len(STORIES) + len(more))
+    write(tmp_path / "more.jsonl", jsonl(more))
+    write(tmp_path / "reversed.jsonl", jsonl(STORIES[::-1]))
+    write(tmp_path / "shuffled.json", json.dumps([f" {s}\r\n" for s in shuffled]).encode())
+    more, reverse, shuffled = (tmp_path / name for name in ("more.jsonl", "reversed.jsonl", "shuffled.json"))
+    runs = {
+        "before": ([reverse, more], {"workers": 1}),
+        "after": ([more, reverse], {"workers": 4, "vocab_size": 500}),
+        "among": ([shuffled], {"constants": "stories.read.BLOCK = 300"}),
+        "tokenizer": ([reverse, shuffled, more], {"tokenizer": base / "tokenizer.model"}),
+    }
+    for name, (inputs, options) in runs.items():
+        make(tmp_path / name, *inputs, **options)
+        found = read_folder(tmp_path / name)
+        assert len(found["train"]) + len(found["val"]) == len(STORIES) + 200
+        assert not set(found["train"]) & set(found["val"])
+        for split in found:
+            assert set(found[split]) & set(STORIES) == sides[split], (name, split)
+
+
+def test_split_is_as_large_as_asked(tmp_path, base):
+    """Of 4,000 stories the share that --val_fraction names falls to validation, to 5 standard deviations."""
+    file = write(tmp_path / "a.jsonl", jsonl(f"第{i}个故事" for i in range(4000)))
+    for fraction in (0.05, 0.5):
+        make(tmp_path / f"{fraction}", file, val_fraction=fraction, tokenizer=base / "tokenizer.model")
+        found = read_folder(tmp_path / f"{fraction}")
+        assert len(found["train"]) + len(found["val"]) == 4000
+        assert abs(len(found["val"]) - 4000 * fraction) < 5 * (4000 * fraction * (1 - fraction)) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tokenizer
+
+TRICKY = [
+    "</s>", "<s>", "<unk>", "<pad>", "<|user|>", "<|assistant|>", END, "<0x41>", "<0x00>", "<0xE2>", "\0", "\t", " ",
+    "  ", "\n", "\u2585", "\u2047", "\ufffd", "\ufeff", "\u200b", "\u202e", "שלום", "مرحبا", "😀", "👩‍👩‍👧", "🇨🇳",
+    "e\u0301", "ﬁ", "Ａ", "①", "猫", "hello", "\U0010ffff", "\x1b[0m", "\\n", "%s",
+]  # fmt: skip
+any_text = st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(TRICKY), st.text(max_size=3))).map("".join))
+
+
+def assert_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not any(tokenizer.is_control(i) or tokenizer.is_unknown(i) for i in ids)
+    assert all(0 <= i < tokenizer.vocab_size() for i in ids)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(any_text)
+@example("".join(TRICKY))
+def test_round_trip_of_any_text(tokenizer, text):
+    """Whatever is in a text: once cleaned it comes back as it was, and made no control token."""
+    cleaned = prepare.clean(text)
+    assert cleaned == reference_clean(text) == prepare.clean(cleaned)
+    if "▁" not in cleaned:
+        assert_round_trip(tokenizer, cleaned)
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_text)
+@example("".join(TRICKY))
+def test_round_trip_with_chatglm(chatglm, text):
+    cleaned = prepare.clean(text)
+    if "▁" not in cleaned:
+        assert_round_trip(chatglm, cleaned)
+
+
+def test_pieces_that_every_tokenizer_has(tokenizer):
+    """Tokens for begin, end, padding and unknown, all distinct; a piece for every byte; no dummy prefix."""
+    special = [tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()]
+    special += [tokenizer.piece_to_id(piece) for piece in ("<|user|>", "<|assistant|>")]
+    assert len(set(special)) == 6 and min(special) >= 0
+    assert all(tokenizer.is_control(i) for i in special[1:])
+    assert sum(tokenizer.is_byte(i) for i in range(tokenizer.vocab_size())) == 256
+    assert "".join(tokenizer.encode("小狗捡到了苹果", out_type=str)) == "小狗捡到了苹果"
+
+
+def test_corpus_full_of_control_spellings(tmp_path):
+    """A corpus may spell the control tokens as often as it likes: training goes through, none comes out."""
+    texts = [f"</s><s> <unk><pad>{END} <|user|>猫{i}<|assistant|><0x41><0xE7> </s></s>" for i in range(300)]
+    file = write(tmp_path / "a.jsonl", jsonl(texts))
+    make(tmp_path / "out", file)
+    assert_holds(tmp_path / "out", texts)
+
+
+def test_small_corpus_says_what_it_fills(tmp_path):
+    file = write(tmp_path / "a.jsonl", jsonl(STORIES))
+    done = make(tmp_path / "out", file, vocab_size=30000)
+    size = json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"]
+    assert 300 < size < 30000
+    (line,) = [line for line in done.stdout.splitlines() if "30,000" in line]
+    assert f"{size:,}" in line
+    assert_holds(tmp_path / "out", STORIES)
+    done = make(tmp_path / "out", file, vocab_size=500)
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 500
+    assert "fill" not in done.stdout
+
+
+def test_chatglm_tokenizer(shared, tmp_path):
+    done = make(tmp_path / "out", shared / "zh_stories.jsonl", tokenizer=shared / "chatglm_tokenizer.model")
+    raw = [json.loads(line)["story_zh"] for line in (shared / "zh_stories.jsonl").read_text("utf-8").splitlines()]
+    kept = [t for t in map(reference_clean, raw) if t and "▁" not in t]
+    assert_holds(tmp_path / "out", list(dict.fromkeys(kept)))  # which holds ids against vocab_size, too
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 64789
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (shared / "chatglm_tokenizer.model").read_bytes()
+    assert "training" not in done.stdout
+
+
+def with_pieces(model, total):
+    """A SentencePiece model grown to `total` pieces: protobuf appends to a repeated field by concatenation."""
+    pieces = []
+    for i in range(total - sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()):
+        piece = f"\U000f0000{i}".encode()
+        record = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + np.float32(-1e6).tobytes()
+        pieces.append(b"\x0a" + bytes([len(record)]) + record)
+    return model + b"".join(pieces)
+
+
+def test_the_largest_vocabulary(base, tmp_path):
+    """65,536 pieces are what uint16 holds; one more is refused."""
+    model = (base / "tokenizer.model").read_bytes()
+    write(tmp_path / "fits.model", with_pieces(model, 65536))
+    write(tmp_path / "over.model", with_pieces(model, 65537))
+    texts = [*STORIES, *(f"\U000f0000{65535 - 600 - i}" for i in range(30))]
+    file = write(tmp_path / "a.jsonl", jsonl(texts))
+    make(tmp_path / "out", file, tokenizer=tmp_path / "fits.model")
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 65536
+    assert_holds(tmp_path / "out", texts)
+    done = run_script("prepare.py", file, "--out_dir", tmp_path / "no", "--tokenizer", tmp_path / "over.model",
+                      check=False)  # fmt: skip
+    assert_one_line_error(done, tmp_path / "over.model", "65,537", "65,536")
+    assert not (tmp_path / "no").exists()
+
+
+def test_bounded_sample(tmp_path):
+    """A corpus beyond the bound: the same tokenizer for any order of stories and files and any workers."""
+    texts = [
+        f"第{i}天，{'猫狗兔熊鸟鱼'[i % 6]}{'去来跑跳飞游'[i % 5]}了{i * 31 % 97}次。" * (1 + i % 3) for i in range(400)
+    ]
+    bound = 2000
+    assert sum(map(len, texts)) > 4 * bound
+    models = []
+    for seed, workers in ((1, 1), (2, 3), (3, 2)):
+        order = random.Random(seed).sample(texts, len(texts))
+        files = [write(tmp_path / f"{seed}{i}.jsonl", jsonl(order[i::3])) for i in range(3)]
+        constants = f"stories.read.BLOCK = 600; prepare.SAMPLE = {bound}"
+        done = make(tmp_path / f"out{seed}", *files, constants=constants, workers=workers, vocab_size=450)
+        drawn = int(re.search(r"tokenizer on ([\d,]+) characters", done.stdout)[1].replace(",", ""))
+        assert bound // 4 < drawn <= bound
+        models.append((tmp_path / f"out{seed}" / "tokenizer.model").read_bytes())
+        assert {*read_folder(tmp_path / f"out{seed}")["train"], *read_folder(tmp_path / f"out{seed}")["val"]} == {
+            *texts
+        }
+    assert models[0] == models[1] == models[2]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The folder appears whole or not at all
+
+
+def start_in_the_middle(base, out, pipe, **more):
+    """prepare.py, encoding: it has begun the token files and waits for more input from a named pipe."""
+    os.mkfifo(pipe)
+    command = [sys.executable, "prepare.py", pipe, "--out_dir", out, "--tokenizer", base / "tokenizer.model"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, **more,
+    )  # fmt: skip
+    feed = open(pipe, "wb")  # noqa: SIM115
+    chunk = jsonl(f"第{i}个故事。" for i in range(20000))
+    while not any(p.stat().st_size for p in out.parent.glob("*/train.bin") if p.parent != out):
+        feed.write(chunk)
+    return process, feed
+
+
+def end_group(process, feed):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    process.stderr.close()
+    with contextlib.suppress(BrokenPipeError):
+        feed.close()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_kill_9_in_the_middle(base, tmp_path, old):
+    """Nothing appears, an older folder stays as it was, and the next run goes through and tidies up."""
+    out, before = tmp_path / "work" / "out", None
+    out.parent.mkdir()
+    if old:
+        shutil.copytree(base, out)
+        before = files_of(out)
+    process, feed = start_in_the_middle(base, out, tmp_path / "pipe.jsonl")
+    process.kill()
+    process.wait()
+    end_group(process, feed)
+    if old:
+        assert files_of(out) == before and sorted(p.name for p in out.iterdir()) == MADE
+    else:
+        assert not out.exists()
+    make(out, write(tmp_path / "a.jsonl", jsonl(ONE_LINE)))
+    assert_holds(out, ONE_LINE)
+    assert names_in(out.parent) == ["out", *(f"out/{name}" for name in MADE)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to see a process's children")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_leaves_no_process(base, tmp_path, how):
+    """The workers of a killed run end as well."""
+    process, feed = start_in_the_middle(base, tmp_path / "work" / "out", tmp_path / "pipe.jsonl")
+    try:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert workers
+        process.send_signal(how)
+        process.wait()
+
+        def alive(pid):
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            except FileNotFoundError:
+                return False
+
+        for _ in range(200):
+            if not any(map(alive, workers)):
+                break
+            time.sleep(0.05)
+        assert not any(map(alive, workers))
+    finally:
+        end_group(process, feed)
+
+
+def test_ctrl_c(base, tmp_path):
+    """Ctrl-C, which reaches every process of the terminal, ends in one line and leaves nothing."""
+    process, feed = start_in_the_middle(base, tmp_path / "work" / "out", tmp_path / "pipe.jsonl")
+    try:
+        time.sleep(1)  # so that the workers have nothing to do: a busy one is interrupted elsewhere
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(BrokenPipeError):
+            while True:
+                feed.write(b"\n" * 1000)
+        stdout, stderr = process.communicate(timeout=60)
+        assert_one_line_error(subprocess.CompletedProcess([], process.returncode, stdout, stderr), "interrupted")
+        assert names_in(tmp_path / "work") == []
+    finally:
+        end_group(process, feed)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("tokenizer_given", [False, True])
+def test_failing_run_leaves_nothing(base, tmp_path, old, tokenizer_given):
+    """A mistake on the very last line, megabytes after the first stories were written."""
+    bad = jsonl(f"第{i}个故事。" for i in range(60000)) + b'{"story_zh": '
+    file = write(tmp_path / "in" / "a.jsonl", bad)
+    out, before = tmp_path / "work" / "out", {}
+    out.parent.mkdir()
+    if old:
+        shutil.copytree(base, out)
+        before = files_of(out)
+    more = ["--tokenizer", base / "tokenizer.model"] if tokenizer_given else ["--vocab_size", 400]
+    done = run_script("prepare.py", file, "--out_dir", out, *more, check=False)
+    assert_one_line_error(done, f"{file}:60001")
+    assert names_in(out.parent) == (["out", *(f"out/{name}" for name in MADE)] if old else [])
+    assert not old or files_of(out) == before
+
+
+def test_prepared_again(base, tmp_path):
+    """A folder that prepare.py made is replaced by the next run, and nothing stays beside it."""
+    out = tmp_path / "work" / "out"
+    shutil.copytree(base, out)
+    make(out, write(tmp_path / "a.jsonl", jsonl(ONE_LINE)))
+    assert_holds(out, ONE_LINE)
+    assert names_in(out.parent) == ["out", *(f"out/{name}" for name in MADE)]
+
+
+def test_leftovers_of_a_killed_run(base, tmp_path):
+    """Killed while it replaced an old folder: both stood beside each other, and the next run copes."""
+    out = tmp_path / "work" / "out"
+    for name in ("out", "out.old", "out.tmp"):
+        shutil.copytree(base, out.with_name(name))
+    (out.parent / "out.old" / "train.bin").unlink()  # the removal had begun
+    make(out, write(tmp_path / "a.jsonl", jsonl(ONE_LINE)))
+    assert_holds(out, ONE_LINE)
+
+
+@pytest.mark.parametrize("name", ["out", "out.tmp", "out.old"])
+def test_foreign_folder_is_never_touched(base, tmp_path, name):
+    """Neither the folder named, nor one that happens to lie beside it."""
+    out = tmp_path / "work" / "out"
+    if name != "out":
+        shutil.copytree(base, out)
+    for file in ("train.bin", "thesis.tex"):
+        write(out.with_name(name) / file, b"years of work")
+    file = write(tmp_path / "a.jsonl", jsonl(ONE_LINE))
+    done = run_script("prepare.py", file, "--out_dir", out, "--vocab_size", 500, "--val_fraction", 0.2, check=False)
+    for theirs in ("train.bin", "thesis.tex"):
+        assert (out.with_name(name) / theirs).read_bytes() == b"years of work"
+    if name == "out":
+        assert_one_line_error(done, out)
+
+
+NAMESPACE = ["unshare", "-Urm"]
+
+
+def in_namespace(script, *args):
+    """Run a shell script where it may mount; its mounts end with it."""
+    return subprocess.run(
+        [*NAMESPACE, "sh", "-c", script, "sh", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def mounting():
+    if not shutil.which("unshare") or in_namespace("mount -t tmpfs none /mnt").returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+
+
+@pytest.mark.parametrize("options, where", [("size=200k", "space"), ("ro", "ead-only")])
+def test_full_and_unwritable_disk(mounting, base, tmp_path, options, where):
+    """A disk that fills up in the middle, and one that cannot be written at all: one line, nothing left."""
+    file = write(tmp_path / "a.jsonl", jsonl(f"第{i}个故事。" for i in range(60000)))
+    (tmp_path / "disk").mkdir()
+    script = """mount -t tmpfs -o $4 none "$1/disk"; "$2" prepare.py "$1/a.jsonl" --out_dir "$1/disk/out" \\
+        --tokenizer "$3"; code=$?; ls -A "$1/disk" >"$1/left"; exit $code"""
+    done = in_namespace(script, tmp_path, sys.executable, base / "tokenizer.model", options)
+    assert file.exists() and (tmp_path / "left").read_text() == ""
+    assert_one_line_error(done, where, tmp_path / "disk")
+
+
+def test_archive_writes_nothing_outside(base, tmp_path):
+    """Members named ../ or /absolute are only read; links, pipes and devices are not followed."""
+    secret = write(tmp_path / "secret.jsonl", jsonl(["这是秘密，不可泄露。"]))
+    good = jsonl(STORIES)
+    with tarfile.open(tmp_path / "in.tar.gz", "w:gz") as archive:
+
+        def add(name, kind=tarfile.REGTYPE, link="", data=b""):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, link, len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+        add("good.jsonl", data=good)
+        add("../escaped.jsonl", data=jsonl(["爬出来的故事。"]))
+        add(str(tmp_path / "absolute.jsonl"), data=jsonl(["绝对路径的故事。"]))
+        add("link.jsonl", tarfile.SYMTYPE, str(secret))
+        add("hard.jsonl", tarfile.LNKTYPE, "../secret.jsonl")
+        add("pipe.jsonl", tarfile.FIFOTYPE)
+        add("null.jsonl", tarfile.CHRTYPE)
+        add("folder.jsonl", tarfile.DIRTYPE)
+    before = names_in(tmp_path)
+    make(tmp_path / "out", tmp_path / "in.tar.gz")
+    assert names_in(tmp_path) == sorted([*before, "out", *(f"out/{name}" for name in MADE)])
+    assert not any((folder / "escaped.jsonl").exists() for folder in (ROOT, ROOT.parent, tmp_path.parent))
+    found = read_folder(tmp_path / "out")
+    texts = {*found["train"], *found["val"]}
+    assert set(STORIES) <= texts <= {*STORIES, "爬出来的故事。", "绝对路径的故事。"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input: one line that names file and line, exit status 2, nothing written
+
+GOOD = jsonl(STORIES[:20])
+LINES = GOOD.splitlines(keepends=True)
+DEEP = b"[" * 200_000
+PRETTY = json.dumps([{"story_zh": s} for s in ONE_LINE[:5]], indent=1, ensure_ascii=False).encode()
+ZIPPED = gzip.compress(random.Random(0).randbytes(3000).hex().encode() + b"\n" + GOOD)
+DAMAGED = ZIPPED[:900] + bytes(255 - b for b in ZIPPED[900:1000]) + ZIPPED[1000:]
+
+# name of the file: (its bytes, words of the message after the file's path)
+BAD_FILES = {
+    "empty.jsonl": (b"", ["no stor"]),
+    "empty.json": (b"", []),
+    "empty.txt": (b"", ["no stor"]),
+    "empty.csv": (b"", ["no stor"]),
+    "empty.txt.gz": (b"", []),
+    "empty_inside.jsonl.gz": (gzip.compress(b""), ["no stor"]),
+    "empty.tar.gz": (b"", []),
+    "no_stories.tar.gz": (as_tar({"README.md": b"x"}, "w:gz"), ["no stor"]),
+    "only_blank.jsonl": (jsonl(["", " ", "\n"]), ["no stor"]),
+    "only_blank.json": (b"[]", ["no stor"]),
+    "cut.jsonl": (GOOD[:-9], [":20:", "JSON"]),
+    "cut.json": (PRETTY[: PRETTY.rindex(b"}") - 4], ["JSON"]),
+    "cut_between.json": (PRETTY[: PRETTY.rindex(b"{")], ["JSON"]),
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-60], ["cut off"]),
+    "cut_header.txt.gz": (gzip.compress(GOOD)[:6], []),
+    "cut.tar.gz": (as_tar({"a.jsonl": ZIPPED.hex().encode()}, "w:gz")[:-900], ["cut off"]),
+    "cut.tar": (as_tar({"a.jsonl": GOOD})[:1000], ["cut off"]),
+    "damaged.jsonl.gz": (DAMAGED, ["damaged"]),
+    "checksum.jsonl.gz": (gzip.compress(GOOD)[:-8] + bytes(8), ["damaged"]),
+    "not_gzip.jsonl.gz": (GOOD, ["damaged"]),
+    "not_tar.tar.gz": (gzip.compress(GOOD), ["damaged"]),
+    "gbk.jsonl": (b"".join(LINES[:4]) + '{"story_zh": "三只猫"}\n'.encode("gbk") + LINES[5], [":5:", "UTF-8"]),
+    "utf16.jsonl": (GOOD.decode().encode("utf-16"), [":1:", "UTF-8"]),
+    "gbk.txt": (b"one\ntwo\n" + "三只猫".encode("gbk"), [":3:", "UTF-8"]),
+    "marked_gbk.txt": (f"one\n{END}\n".encode() + "三只猫".encode("gbk"), [":3:", "UTF-8"]),
+    "gbk.txt.gz": (gzip.compress(b"one\ntwo\n" + "三只猫".encode("gbk")), [":3:", "UTF-8"]),
+    "gbk.tar.gz": (as_tar({"sub/b.jsonl": b"".join(LINES[:3]) + b"\xff\n"}, "w:gz"), ["/sub/b.jsonl:4:", "UTF-8"]),
+    "gbk.json": (PRETTY.decode().encode("gbk", "ignore"), ["UTF-8"]),
+    "late_gbk.json": (PRETTY[:-1].rstrip() + ',\n"三只猫"]'.encode("gbk"), ["UTF-8"]),
+    "cut_character.json": (PRETTY[: PRETTY.rindex("。".encode()) + 1], []),
+    "gbk.csv": (as_csv(ONE_LINE[:5]).decode().encode("gbk", "ignore"), ["UTF-8"]),
+    "malformed.jsonl": (b"".join(LINES[:6]) + b'{"story_zh": "cat"\n' + LINES[7], [":7:", "JSON"]),
+    "text.jsonl": (b"once upon a time\n", [":1:", "JSON"]),
+    "two_on_a_line.jsonl": (LINES[0] + LINES[1].strip() + LINES[2], [":2:", "JSON"]),
+    "malformed.tar.gz": (as_tar({"a.jsonl": GOOD, "b.jsonl": LINES[0] + b"{\n"}, "w:gz"), ["/b.jsonl:2:", "JSON"]),
+    "malformed.json": (b'[\n{"story_zh": "one"},\n{"story_zh": "two"},\n{"story_zh": x},\n"four"]', [":4:", "JSON"]),
+    "blank_first.json": (b'\n\n[\n{"story_zh": "one"},\n{"story_zh": two}]', [":5:", "JSON"]),
+    "after_the_list.json": (PRETTY + PRETTY, ["JSON"]),
+    "no_comma.json": (b'["one"\n"two"\n"three"]', [":2:", "JSON"]),
+    "object.json": (b'{"stories": []}', ["list"]),
+    "lines.json": (GOOD, ["list"]),
+    "deep.jsonl": (LINES[0] + DEEP + b"\n", [":2:"]),
+    "deep.json": (b'["one",\n' + DEEP, [":2:"]),
+    "wrong_key.jsonl": (LINES[0] + b'{"text": "a", "title": "b"}\n', [":2:", "story_zh", "text", "title"]),
+    "wrong_key.json": (b'[{"story_zh": "a"}, {"text": "a", "title": "b"}]', ["2", "story_zh", "text", "title"]),
+    "wrong_key.csv": (b"text,title\na,b\n", ["story_zh", "text", "title"]),
+    "no_key.jsonl": (b"{}\n", [":1:", "story_zh"]),
+    "number.jsonl": (LINES[0] + b'{"story_zh": 3}\n', [":2:", "story_zh"]),
+    "null.jsonl": (LINES[0] * 2 + b'{"story_zh": null}\n', [":3:", "story_zh"]),
+    "list.json": (b'[{"story_zh": ["a"]}]', ["1", "story_zh"]),
+    "short_row.csv": (b"title,story_zh\na,one\nb\n", [":3", "story_zh"]),
+    "no_record.jsonl": (LINES[0] + b"[1]\n", [":2:"]),
+    "no_record.json": (b'["a", 17]', ["2"]),
+    "quotes.csv": (b'story_zh\none\n"two" or three\n', [":3:", "CSV"]),
+    "open_quote.csv": (b'story_zh\none\n"two\n', ["CSV"]),
+    "endless.jsonl": (b"a" * (3 * stories.read.LONGEST // 2), [":1:"]),
+    "story.docx": (b"PK", [".jsonl"]),
+    "one_story.jsonl": (LINES[0], []),
+}  # fmt: skip
+
+
+def assert_refused(tmp_path, *args, words=()):
+    """One line with these words, and no folder, whole or begun."""
+    before = names_in(tmp_path)
+    options = [] if "--out_dir" in args else ["--out_dir", tmp_path / "out"]
+    done = run_script("prepare.py", *args, *options, check=False)
+    assert_one_line_error(done, *words)
+    assert names_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(tmp_path, name):
+    data, words = BAD_FILES[name]
+    path = write(tmp_path / name, data)
+    file = [path] if name != "one_story.jsonl" else []
+    assert_refused(tmp_path, path, "--vocab_size", 600, words=[*file, *words])
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "only_blank.jsonl", "gbk.json", "malformed.jsonl", "wrong_key.json"])
+def test_bad_file_with_a_tokenizer_given(base, tmp_path, name):
+    data, words = BAD_FILES[name]
+    path = write(tmp_path / name, data)
+    assert_refused(tmp_path, path, "--tokenizer", base / "tokenizer.model", words=[path, *words])
+
+
+def test_missing_inputs(tmp_path):
+    write(tmp_path / "bare" / "picture.png", b"")
+    for name in ("no.jsonl", "no/folder", "*.jsonl", "bare", "bare/*"):
+        assert_refused(tmp_path, tmp_path / name, words=[tmp_path / name])
+
+
+def test_out_dir_must_be_named(tmp_path):
+    done = run_script("prepare.py", write(tmp_path / "a.jsonl", GOOD), check=False)
+    assert_one_line_error(done, "--out_dir")
+
+
+@pytest.mark.parametrize("option, value", [
+    *(("--val_fraction", v) for v in ("0", "1", "-0.1", "1.5", "nan", "inf", "few")),
+    *(("--vocab_size", v) for v in ("0", "-1", "65537", "1", "7", "many")),
+    *(("--workers", v) for v in ("0", "-2", "all")),
+])  # fmt: skip
+def test_bad_numbers(tmp_path, option, value):
+    """The message names the option and the value, and says more than these."""
+    path = write(tmp_path / "a.jsonl", GOOD)
+    assert_refused(tmp_path, path, option, value, words=[option, value])
+    done = run_script("prepare.py", path, "--out_dir", tmp_path / "out", option, value, check=False)
+    reason = done.stderr.replace(option, "").replace("error", "")
+    assert len(re.findall("[a-z]{2,}", reason)) >= 3, "no reason is given"
+
+
+def test_bad_tokenizers(tmp_path, base):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    model = (base / "tokenizer.model").read_bytes()
+    endless = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(STORIES), model_writer=endless, vocab_size=500, byte_fallback=True, model_type="bpe",
+        eos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    write(tmp_path / "text.model", GOOD)
+    write(tmp_path / "empty.model", b"")
+    write(tmp_path / "cut.model", model[: len(model) // 2 + 1])
+    write(tmp_path / "no_end.model", endless.getvalue())
+    (tmp_path / "folder.model").mkdir()
+    for name in ("text", "empty", "cut", "no_end", "folder", "missing"):
+        file = tmp_path / f"{name}.model"
+        assert_refused(tmp_path, path, "--tokenizer", file, words=[file])
+
+
+def test_unwritable_out_dir(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    file = write(tmp_path / "file", b"precious")
+    for out in (file, file / "out"):
+        assert_refused(tmp_path, path, "--out_dir", out, "--vocab_size", 300, words=[file])
+    assert file.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_out_dir_without_a_name(tmp_path, out):
+    """Such a folder is hard to put in place by a rename: it works, or is refused in one line."""
+    path = write(tmp_path / "a.jsonl", GOOD)
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    command = [sys.executable, ROOT / "prepare.py", path, "--out_dir", out, "--vocab_size", "400", "--val_fraction=.3"]
+    done = subprocess.run(command, cwd=tmp_path / "above" / "here", capture_output=True, text=True)
+    if done.returncode == 0:
+        assert_holds(Path(os.path.abspath(tmp_path / "above" / "here" / out)), STORIES[:20])
+    else:
+        assert_one_line_error(done, out)
+        assert names_in(tmp_path / "above") == ["here"]
+
+
+def test_no_input_means_the_embedded_corpus(tmp_path):
+    """In an empty folder, without any argument: data/demo, of at least 20,000 distinct stories."""
+    command = [sys.executable, ROOT / "prepare.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "data" / "demo" / "meta.json").read_text())
+    lines = (tmp_path / "data" / "stories.jsonl").read_text("utf-8").splitlines()
+    stories = [json.loads(line)["story_zh"] for line in lines]
+    assert meta["train"]["stories"] + meta["val"]["stories"] == len(set(stories)) >= 20_000
+    assert meta["vocab_size"] == 8192 and abs(meta["val"]["stories"] / len(stories) - 0.01) < 0.005
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "data" / "demo" / "tokenizer.model"))
+    ids = np.fromfile(tmp_path / "data" / "demo" / "train.bin", dtype=np.uint16)
+    assert model.decode(ids[: int(np.argmax(ids == meta["end_token"]))].tolist()) in set(stories)
+
+
+def test_find_inputs_in_a_fixed_order(tmp_path):
+    for name in ("b/2.txt", "a/1.csv", "c.jsonl", "b/10.txt.gz", "z.tar.gz", "b/no.md"):
+        write(tmp_path / name, b"")
+    found = [str(p.relative_to(tmp_path)) for p in find_inputs([str(tmp_path)])]
+    assert found == ["a/1.csv", "b/10.txt.gz", "b/2.txt", "c.jsonl", "z.tar.gz"]

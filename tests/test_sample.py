@@ -1,0 +1,419 @@
+"""Telling stories: the same seed, whole characters, prompts of every kind, and bad input."""
+
+import contextlib
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT, assert_one_line_error, run_script, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+from model import GPT, ModelConfig, build_model, find_checkpoints, read_checkpoint
+from prepare import run
+from sample import tell
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Enough for models this small; many on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tiny_data, tmp_path_factory):
+    """A folder with the checkpoints of a short run, as train.py leaves it."""
+    out = tmp_path_factory.mktemp("sample") / "out"
+    run_script("train.py", *tiny(data_dir=tiny_data, out_dir=out, block_size=128, learning_rate=0.01, max_iters=30,
+                                 save_interval=15))  # fmt: skip
+    assert len(find_checkpoints(out)) == 2
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(ckpt):
+    checkpoint = read_checkpoint(ckpt)
+    return build_model(checkpoint, ckpt), sentencepiece.SentencePieceProcessor(model_proto=checkpoint["tokenizer"])
+
+
+def sample_here(*args, stdin=""):
+    """`python sample.py ARGS` in this process, which spares the seconds that PyTorch takes to start."""
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
+    sys.argv, sys.stdin, code = ["sample.py", *map(str, args)], io.StringIO(stdin), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(sample.main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv, sys.stdin = before
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def stories(*args, **kwargs):
+    done = sample_here(*args, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def test_the_same_seed_tells_the_same_story(ckpt):
+    """In another process too; another seed tells another one."""
+    args = ("--ckpt", ckpt, "--num", 2, "--max_new_tokens", 60)
+    first = run_script("sample.py", *args, "--seed", 7).stdout
+    assert first == run_script("sample.py", *args, "--seed", 7).stdout
+    one, again, other = (stories(*args, "--seed", seed) for seed in (7, 7, 8))
+    assert one == again != other
+    two = one.rstrip("\n").split("\n---\n")
+    assert len(two) == 2 and two[0] != two[1]  # the stories of one call differ among themselves
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_num(num, ckpt):
+    told = stories("--ckpt", ckpt, "--num", num, "--max_new_tokens", 20, "--prompt", "从前")
+    told = told.removesuffix("\n").split("\n---\n")
+    assert len(told) == num and all(story.startswith("从前") for story in told)
+
+
+def test_three_by_default_and_at_most_max_new_tokens(ckpt, loaded):
+    model, tokenizer = loaded
+    assert len(stories("--ckpt", ckpt, "--max_new_tokens", 5).split("\n---\n")) == 3
+    for limit in (1, 5):
+        told = tell(model, tokenizer, "", 1, max_new_tokens=limit, temperature=0)
+        assert told == [greedy(model, tokenizer, "", limit)]
+
+
+def greedy(model, tokenizer, prompt, limit):
+    """The likeliest token again and again, without cache or batch."""
+    ids = [tokenizer.eos_id(), *tokenizer.encode(prompt)]
+    story = ids[1:]
+    with torch.no_grad():
+        for _ in range(limit):
+            if len(ids) >= model.config.block_size:
+                break
+            token = model(torch.tensor([ids]))[0, -1].argmax().item()
+            if token == tokenizer.eos_id():
+                break
+            ids.append(token)
+            story.append(token)
+    return tokenizer.decode(story)
+
+
+@pytest.mark.parametrize("prompt", ["", "从前", "小兔子说：“你好！”\n"])
+def test_top_k_1_and_temperature_0_are_the_likeliest(prompt, ckpt, loaded):
+    args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 40, "--prompt", prompt)
+    expected = greedy(*loaded, prompt.strip(), 40) + "\n"
+    assert stories(*args, "--temperature", 0) == expected
+    assert stories(*args, "--top_k", 1, "--temperature", 1.3, "--seed", 5) == expected
+    assert stories(*args, "--top_p", 1e-9, "--seed", 5) == expected
+
+
+def test_stops_where_the_model_is_full(ckpt, loaded):
+    """Asked for more than block_size holds, a story fills it and no more."""
+    model, tokenizer = loaded
+    told = stories("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 100_000, "--temperature", 0)
+    assert told == greedy(model, tokenizer, "", 100_000) + "\n"
+
+
+def test_a_folder_means_its_newest_checkpoint(ckpt, tmp_path):
+    new, old = find_checkpoints(ckpt)
+    args = ("--max_new_tokens", 60, "--num", 1, "--temperature", 1.0)
+    assert stories("--ckpt", ckpt, *args) == stories("--ckpt", new, *args) != stories("--ckpt", old, *args)
+
+
+def test_one_file_is_enough(ckpt, tmp_path):
+    """Copied to a folder of its own, it tells the same story."""
+    alone = tmp_path / "a copy.pt"
+    shutil.copy(find_checkpoints(ckpt)[0], alone)
+    args = ("--num", 1, "--max_new_tokens", 20)
+    assert stories("--ckpt", alone, *args) == stories("--ckpt", ckpt, *args)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<s>", "</s>", "<pad>", "<unk>", "<|user|>你好<|assistant|>", "<0x0A>", "<|endoftext|>"]
+)
+def test_spellings_of_control_tokens_stay_text(prompt, ckpt, loaded):
+    _, tokenizer = loaded
+    assert not any(tokenizer.is_control(i) or tokenizer.is_unknown(i) for i in tokenizer.encode(prompt))
+    assert stories("--ckpt", ckpt, "--prompt", prompt, "--num", 1, "--max_new_tokens", 5).startswith(prompt)
+
+
+def test_prompts_are_cleaned_as_stories_are(ckpt):
+    args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 20)
+    assert stories(*args, "--prompt", " 从前\r\n有e\u0301 ") == stories(*args, "--prompt", "从前\n有é")
+
+
+def test_prompt_file(ckpt, tmp_path):
+    args = ("--ckpt", ckpt, "--num", 2, "--max_new_tokens", 20)
+    (tmp_path / "prompt.txt").write_text("从前，有一只🐰。\n它说：\n", encoding="utf-8")
+    told = stories(*args, "--prompt_file", tmp_path / "prompt.txt")
+    assert told == stories(*args, "--prompt", "从前，有一只🐰。\n它说：")
+    assert told.startswith("从前，有一只🐰。\n它说：")
+
+
+def test_interactive(ckpt):
+    """Each line that comes through the pipe is answered before the next is read."""
+    command = [sys.executable, "sample.py", "--ckpt", ckpt, "--interactive", "--num", "2", "--max_new_tokens", "9"]
+    process = subprocess.Popen(
+        [*map(str, command), "--temperature", "0"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for prompt in ("小猫", "大狗🐶", ""):
+        expected = stories("--ckpt", ckpt, "--num", 2, "--max_new_tokens", 9, "--temperature", 0, "--prompt", prompt)
+        process.stdin.write(f"{prompt}\n".encode())
+        process.stdin.flush()
+        assert process.stdout.read(len(expected.encode())).decode() == expected
+    rest, _ = process.communicate()
+    assert not rest and process.returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whole characters
+
+
+class Script:
+    """In the model's place: says the given tokens one after another, whatever it is asked."""
+
+    def __init__(self, tokens, vocab_size):
+        self.tokens, self.at = tokens, 0
+        self.config = SimpleNamespace(block_size=10_000, vocab_size=vocab_size)
+        self.embedding = SimpleNamespace(weight=torch.zeros(1))
+
+    def new_cache(self, batch, slots, dtype=None):
+        return None
+
+    def __call__(self, tokens, positions=None, cache=None):
+        logits = torch.zeros(*tokens.shape, self.config.vocab_size)
+        logits[:, -1, self.tokens[min(self.at, len(self.tokens) - 1)]] = 1.0
+        self.at += 1
+        return logits
+
+
+def pieces_of(tokenizer, tokens, prompt="", **options):
+    pieces = []
+    options = {"max_new_tokens": len(tokens), "temperature": 0} | options
+    told = tell(Script(tokens, tokenizer.vocab_size()), tokenizer, prompt, 2, pieces.append, **options)
+    return told, pieces
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(st.sampled_from("从前有一只兔子，🐰🌸👩‍🚀é𠮷ẞ \n") | st.characters(exclude_categories=["Cs"]), max_size=30)
+)
+def test_streaming_writes_whole_characters(loaded, text):
+    """Characters that are spelt in bytes come out whole, none is lost, none twice."""
+    _, tokenizer = loaded
+    text = text.replace("\u2581", "").replace("\ufffd", "")
+    told, pieces = pieces_of(tokenizer, [*tokenizer.encode(text), tokenizer.eos_id()])
+    assert told == [text, text] and "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streaming_is_not_held_back(loaded):
+    """A piece is written as soon as its last byte is there, not at the end of the story."""
+    _, tokenizer = loaded
+    tokens = tokenizer.encode("🐰从🌸")
+    assert sum(tokenizer.is_byte(t) for t in tokens) == 8
+    _, pieces = pieces_of(tokenizer, [*tokens, tokenizer.eos_id()])
+    assert [piece for piece in pieces if piece] == ["🐰", *(tokenizer.decode(t) for t in tokens[4:-4]), "🌸"]
+
+
+def test_bytes_that_are_no_character(loaded):
+    """A model may say bytes that spell nothing: they show as the replacement character and the story goes on."""
+    _, tokenizer = loaded
+    broken = [tokenizer.piece_to_id("<0xF0>"), tokenizer.piece_to_id("<0x9F>")]
+    tokens = [*broken, *tokenizer.encode("从前"), tokenizer.eos_id()]
+    told, pieces = pieces_of(tokenizer, tokens)
+    assert "".join(pieces) == told[0] and told[0].strip("\ufffd") == "从前" and told[0].startswith("\ufffd")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_cut_off_inside_a_character(length, loaded):
+    """max_new_tokens may end a story inside a character: half of one is not printed."""
+    _, tokenizer = loaded
+    tokens = [*tokenizer.encode("从前"), *tokenizer.encode("🐰")[:length]]
+    told, pieces = pieces_of(tokenizer, tokens)
+    assert "".join(pieces) == "从前" and told == ["从前", "从前"]
+
+
+@pytest.fixture
+def rabbits(loaded, tmp_path):
+    """A checkpoint of a real model that says one rabbit after another, each in four bytes.
+
+    The embeddings are unit vectors, and SwiGLU leads from the one of a byte to that of the next.
+    """
+    _, tokenizer = loaded
+    ring = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in "🐰".encode()]
+    config = ModelConfig(vocab_size=tokenizer.vocab_size(), block_size=400, n_layer=1, n_head=1, n_kv_head=1,
+                         head_dim=2, n_embd=8, intermediate_size=8)  # fmt: skip
+    model = GPT(config)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, float(p.dim() == 1))
+    mlp = model.blocks[0].mlp
+    with torch.no_grad():
+        for i, (token, after) in enumerate(zip([tokenizer.eos_id(), *ring], [1, 2, 3, 4, 1], strict=True)):
+            model.embedding.weight[token, i] = 1.0
+            mlp.gate_proj.weight[i, i] = mlp.up_proj.weight[i, i] = mlp.down_proj.weight[after, i] = 5.0
+    state = {"model": model.state_dict(), "model_config": vars(config), "tokenizer": tokenizer.serialized_model_proto()}
+    torch.save(state | {"step": 1, "settings": {}}, tmp_path / "ckpt_000001.pt")
+    return tmp_path
+
+
+def test_streaming_through_a_pipe(rabbits):
+    """What a terminal receives: every piece that arrives is whole characters, and they come one after another."""
+    command = [sys.executable, "sample.py", "--ckpt", str(rabbits), "--num", "1", "--temperature", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--max_new_tokens", "399"], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+    received = []
+    while piece := os.read(process.stdout.fileno(), 1 << 16):
+        received.append(piece)
+    assert process.wait() == 0
+    assert [set(piece.decode()) <= {"🐰", "\n"} for piece in received] == [True] * len(received)
+    assert b"".join(received).decode() == "🐰" * 99 + "\n"  # 399 tokens: the hundredth lacks a byte
+    assert len(received) > 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_prompt_too_long(ckpt, loaded):
+    done = sample_here("--ckpt", ckpt, "--prompt", "很" * 500)
+    assert_one_line_error(done, "prompt", "127")
+    assert not done.stdout
+    model, tokenizer = loaded
+    size = model.config.block_size
+    fits = next(p for n in range(size, 0, -1) if len(tokenizer.encode(p := "🐰" * n)) < size - 1)
+    assert stories("--ckpt", ckpt, "--prompt", fits, "--num", 1).startswith(fits)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("num", ["0", "-1"]),
+        ("max_new_tokens", ["0", "-5"]),
+        ("temperature", ["-0.1", "nan"]),
+        ("top_k", ["-1"]),
+        ("top_p", ["0", "-0.5", "1.01", "nan"]),
+        ("repetition_penalty", ["0", "-1", "nan"]),
+        ("seed", ["-1", str(2**64), "9" * 30]),
+        ("device", ["banana", "meta", "cuda:x"]),
+    ],
+)
+def test_bad_values(key, values, ckpt):
+    for value in values:
+        assert_one_line_error(sample_here("--ckpt", ckpt, "--max_new_tokens", 2, f"--{key}={value}"), f"--{key}")
+
+
+@pytest.mark.parametrize(
+    "args", [["--num=x"], ["--temperature=hot"], ["--nmu=3"], ["--ckpt"], ["--seed=1.5"], ["stray"], ["--num"]]
+)
+def test_what_is_no_option(args, ckpt):
+    """Left to argparse: its usage and one line, status 2."""
+    done = sample_here("--ckpt", ckpt, *args)
+    assert done.returncode == 2 and "error: " in done.stderr.strip().splitlines()[-1]
+    assert sample_here(*args).returncode == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_asked_for_and_absent(ckpt):
+    assert_one_line_error(sample_here("--ckpt", ckpt, "--device", "cuda"), "cuda")
+
+
+def test_missing_checkpoint(tmp_path):
+    assert_one_line_error(sample_here("--ckpt", tmp_path / "none"), tmp_path / "none")
+    assert_one_line_error(sample_here("--ckpt", tmp_path), tmp_path, "ckpt_*.pt")
+    assert_one_line_error(run_script("sample.py", "--ckpt", tmp_path, check=False), tmp_path)
+
+
+def test_prompt_files_that_cannot_be_read(ckpt, tmp_path):
+    (tmp_path / "gbk.txt").write_bytes("从前".encode("gbk"))
+    for name, word in (("none.txt", "none.txt"), ("gbk.txt", "UTF-8"), (".", tmp_path)):
+        assert_one_line_error(sample_here("--ckpt", ckpt, "--prompt_file", tmp_path / name), word)
+
+
+def test_text_that_is_not_utf8(ckpt):
+    """On the command line and through the pipe of --interactive."""
+    command = [sys.executable.encode(), b"sample.py", b"--ckpt", os.fsencode(ckpt)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for extra, stdin in (([b"--prompt", b"\xb4\xd3"], b""), ([b"--interactive"], b"\xb4\xd3\xc7\xb0\n")):
+        done = subprocess.run([*command, *extra], cwd=ROOT, env=env, input=stdin, capture_output=True)
+        lines = done.stderr.decode().removeprefix("Type how a story begins, then Enter; Ctrl-D ends.\n")
+        assert_one_line_error(SimpleNamespace(returncode=done.returncode, stderr=lines), "UTF-8")
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def test_malicious_checkpoints_are_not_run(ckpt, tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "model.pt"
+    for evil in (Evil(mark), read_checkpoint(ckpt) | {"extra": Evil(mark)}):
+        torch.save(evil, path)
+        assert_one_line_error(sample_here("--ckpt", path), path)
+        path.write_bytes(pickle.dumps(evil))
+        assert_one_line_error(sample_here("--ckpt", path), path)
+        assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists()  # it would have been
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "short", "zeroed", "text", "foreign", "no_tokenizer", "no_model"])
+def test_checkpoints_that_cannot_serve(kind, ckpt, tmp_path):
+    good, path = find_checkpoints(ckpt)[0].read_bytes(), tmp_path / "model.pt"
+    half = len(good) // 2
+    files = {"empty": b"", "cut": good[:half], "short": good[:11], "text": "从前有一只兔子。\n".encode()}
+    files["zeroed"] = good[:half] + bytes(4096) + good[half + 4096 :]
+    parts = {"foreign": {"weights": torch.zeros(3)}}
+    parts["no_tokenizer"] = read_checkpoint(ckpt) | {"tokenizer": None}
+    parts["no_model"] = read_checkpoint(ckpt) | {"model": {}}
+    if kind in files:
+        path.write_bytes(files[kind])
+    else:
+        torch.save(parts[kind], path)
+    assert_one_line_error(sample_here("--ckpt", path), path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_layer": 3}, {"n_embd": 16}, {"vocab_size": 7}, {"block_size": 0}, {"head_dim": "x"}, {"unknown": 1}]
+)
+def test_weights_and_shape_that_do_not_fit(change, ckpt, tmp_path):
+    state = read_checkpoint(ckpt)
+    torch.save(state | {"model_config": state["model_config"] | change}, tmp_path / "model.pt")
+    assert_one_line_error(sample_here("--ckpt", tmp_path / "model.pt"), "model.pt")
+
+
+def test_tokenizer_that_does_not_fit_the_model(ckpt, tmp_path):
+    """The tokenizer inside has more pieces than the model has rows."""
+    state = read_checkpoint(ckpt)
+    fewer = state["model"]["embedding.weight"][:500].clone()
+    state["model"]["embedding.weight"] = fewer
+    state["model_config"]["vocab_size"] = 500
+    torch.save(state, tmp_path / "model.pt")
+    assert_one_line_error(sample_here("--ckpt", tmp_path / "model.pt", "--prompt", "小兔子和小猫在森林里"), "model.pt")
+
+
+def test_output_is_utf8_text(ckpt):
+    """Whole output, as bytes from the process, is text and ends its last line."""
+    command = [sys.executable, "sample.py", "--ckpt", str(ckpt), "--num", "2", "--max_new_tokens", "30"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
+    assert done.stdout.decode().endswith("\n") and not done.stderr
