@@ -241,10 +241,13 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
                     while sum(map(len, sample.values())) > SAMPLE:
                         limit //= 2
                         sample = {d: text for d, text in sample.items() if first_bits(d) < limit}
-            if not sample:
-                raise UserError(f"{files[0]}: no stories found")
-            print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
-            model = train_tokenizer((sample[d] for d in sorted(sample)), args.vocab_size)
+                if not sample:
+                    raise UserError(f"{files[0]}: no stories found")
+                print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
+                # In a worker, so that the memory it takes is given back.
+                texts = [sample[d] for d in sorted(sample)]
+                model = workers.submit(train_tokenizer, texts, args.vocab_size).result()
+            del sample, texts
         trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
         if not args.tokenizer and trained.vocab_size() < args.vocab_size:
             print(f"the corpus fills only {trained.vocab_size():,} of the {args.vocab_size:,} pieces asked for")

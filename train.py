@@ -80,7 +80,7 @@ class Settings:
     device: str = "auto"  # auto | cuda | cuda:1 | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32
     compile: bool = True
-    deterministic: bool = False  # the same bits every time
+    deterministic: bool = True  # the same bits every time; costs nothing measurable on a CPU
     seed: int = 1337
 
     def __post_init__(self):

@@ -34,3 +34,4 @@ sample_interval = 500
 save_interval = 500
 
 dtype = "bfloat16"
+deterministic = False  # what it costs on a GPU has not been measured
