@@ -348,7 +348,7 @@ def find_state(settings: Settings, model: GPT, tokenizer_model: bytes) -> dict |
                 raise
             print(f"{e}\ntaking the one before", file=sys.stderr)
             continue
-        for key in ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed"):
+        for key in ("block_size", "batch_size", "gradient_accumulation_steps", "document_mask", "optimizer", "seed"):
             if state["settings"].get(key) != getattr(s, key):
                 raise UserError(f"{key} = {getattr(s, key)!r}: {path} has {state['settings'].get(key)!r}; keep that")
         if state["model_config"] != dataclasses.asdict(model.config):
