@@ -8,17 +8,12 @@ H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S slots in a key-value 
 """
 
 import math
-import pickle
-import re
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from prepare import UserError
+import torch.nn.utils.parametrize as parametrize
 
 IGNORE = -100  # a target of this value is not learned from
 
@@ -47,6 +42,8 @@ class ModelConfig:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of numbers")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta ({self.rope_theta}) must be above 0")
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +93,8 @@ class Attention(nn.Module):
             k = cache[0].scatter_(2, slots, k.to(cache[0].dtype))  # (B, K, S, D)
             v = cache[1].scatter_(2, slots, v.to(cache[1].dtype))  # (B, K, S, D)
             q = q.to(k.dtype)
+        elif mask is not None:  # no fused CUDA kernel takes both a mask and shared heads
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, T, D)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
         )  # (B, H, T, D)
@@ -248,52 +247,38 @@ class GPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Checkpoints: one file holds the weights, the shape and the tokenizer, and so samples anywhere.
+# LoRA
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first. Their names are ckpt_ and the step."""
-    numbered = [(int(m[1]), p) for p in folder.glob("ckpt_*.pt") if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))]
-    return [path for _, path in sorted(numbered, reverse=True)]
+class LowRank(nn.Module):
+    """A frozen matrix W stands as W + (alpha / rank) B A, of which only B and A learn.
 
-
-def read_checkpoint(path: Path) -> dict:
-    """Load a checkpoint onto the CPU; only tensors and plain values are let in, never code.
-
-    `path` is a file, or a folder whose newest checkpoint is meant. Raises UserError.
+    LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3). B begins as zero, and so W as it was.
     """
-    if path.is_dir():
-        found = find_checkpoints(path)
-        if not found:
-            raise UserError(f"{path}: no checkpoint (ckpt_*.pt) in this folder; has the training saved one?")
-        path = found[0]
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused: not a checkpoint, or one that would run code when loaded") from None
-    except Exception as e:  # what a damaged file makes of the unpickler cannot be foreseen
-        reason = str(e).split("\n")[0]
-        raise UserError(f"{path}: not a checkpoint, or damaged ({reason}); use an older one") from None
-    parts = {"model": dict, "model_config": dict, "settings": dict, "tokenizer": bytes, "step": int}
-    for name, kind in parts.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: not a checkpoint of this program ({name!r} is missing or no {kind.__name__})")
-    return checkpoint
+
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
+        super().__init__()
+        self.scale = alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, weight.size(1)) / math.sqrt(rank))
+        self.B = nn.Parameter(torch.zeros(weight.size(0), rank))
+
+    def forward(self, weight):
+        return weight + self.scale * (self.B @ self.A)  # (out, in)
 
 
-def build_model(checkpoint: dict, path: Path) -> GPT:
-    """The model a checkpoint holds, in float32 on the CPU. Raises UserError naming `path`."""
-    try:
-        config = ModelConfig(**checkpoint["model_config"])
-        if sum(name.endswith("q_proj.weight") for name in checkpoint["model"]) != config.n_layer:
-            raise ValueError(f"{config.n_layer} layers are told of, but not that many are there")
-        model = GPT(config)
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{path}: weights and shape do not fit ({str(e).splitlines()[0]})") from None
-    return model
+def matrices_of(model: GPT) -> list[nn.Linear]:
+    """The matrices of attention and SwiGLU, which LoRA adapts."""
+    return [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+
+
+def add_lora(model: GPT, rank: int, alpha: float) -> None:
+    """Freeze the model and give each matrix of its blocks an adapter of this rank."""
+    model.requires_grad_(False)
+    for linear in matrices_of(model):
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha))
+
+
+def merge_lora(model: GPT) -> None:
+    """Add the adapters into the matrices they adapt: the model is then an ordinary one again."""
+    for linear in matrices_of(model):
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)

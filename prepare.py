@@ -3,9 +3,11 @@
     python prepare.py                                       the embedded corpus, into data/demo
     python prepare.py stories.jsonl more/ --out_dir data/mine
     python prepare.py --download tinystories-zh --out_dir data/microstories
+    python prepare.py --task sft --tokenizer data/demo/tokenizer.model          instructions, into data/demo_sft
 
 Writes into out_dir, which appears whole or not at all:
-    train.bin, val.bin   little-endian uint16 token ids, each story followed by the end token
+    train.bin, val.bin   little-endian uint16 token ids, each story followed by the end token; for --task sft
+                         each story preceded by its instruction, both framed by control tokens
     tokenizer.model      the SentencePiece tokenizer
     meta.json            what was counted, and the settings
 """
@@ -13,6 +15,7 @@ Writes into out_dir, which appears whole or not at all:
 import argparse
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import io
 import itertools
@@ -30,12 +33,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from instructions import CONTROL, examples_of, markers, template_for
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import LONGEST, UserError, find_inputs, read_blocks, texts_of
+from stories.read import LONGEST, UserError, find_inputs, items_of, read_blocks, story_of
 
 SAMPLE = 8_000_000  # characters the tokenizer is trained on at most
-CONTROL = ["<|user|>", "<|assistant|>"]  # kept for instruction tuning; no text becomes one of them
 
 
 def usage_error(message: str) -> None:
@@ -70,61 +73,75 @@ def clean(text: str) -> str:
     return text
 
 
-def clean_block(block: tuple, text_key: str) -> tuple[list[str], collections.Counter]:
-    """The cleaned stories of a block, and how many were dropped for which reason."""
-    texts, dropped = [], collections.Counter()
-    for text in texts_of(block, text_key):
+def texts_of(record, where: str, args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """What of a record becomes tokens: its story; or, for --task sft, pairs of an instruction and a story."""
+    if args.task == "sft":
+        return examples_of(record, where, args.text_key, args.augment)
+    return [(story_of(record, where, args.text_key),)]
+
+
+def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collections.Counter]:
+    """The cleaned texts of a block, the story last in each, and how many were dropped for which reason."""
+    kept, dropped = [], collections.Counter()
+    for texts in items_of(block, extract):
         try:
-            text = clean(text)
+            texts = tuple(map(clean, texts))
         except UnicodeEncodeError:
             dropped["not_unicode"] += 1
             continue
-        if not text:
+        if not all(texts):
             dropped["empty"] += 1
-        elif "\u2581" in text:  # SentencePiece writes a space as this character: it would come back as one
-            dropped["unencodable"] += 1
+        elif any("\u2581" in text for text in texts):  # SentencePiece writes a space as this character: it
+            dropped["unencodable"] += 1  # would come back as one
         else:
-            texts.append(text)
-    return texts, dropped
+            kept.append(texts)
+    return kept, dropped
 
 
-def digest(text: str) -> bytes:
-    """16 bytes that stand for a story. They tell duplicates, and on which side of the split it falls."""
-    return hashlib.blake2b(text.encode(), digest_size=16, key=b"split 1337").digest()
+def digest(*texts: str) -> bytes:
+    """16 bytes that stand for a text or a pair of them."""
+    return hashlib.blake2b("\0\0".join(texts).encode(), digest_size=16, key=b"split 1337").digest()
 
 
-def first_bits(digest: bytes) -> int:
-    """A number below 2**64, as if drawn at random."""
-    return int.from_bytes(digest[:8], "big")
+def place(story: str) -> int:
+    """A number below 2**64, as if drawn at random, that never changes for a story: it decides the split."""
+    return int.from_bytes(digest(story)[:8], "big")
 
 
-def sample_block(block_and_limit: tuple, text_key: str) -> dict[bytes, str]:
-    """The stories of a block whose digest lies below the limit, by digest."""
+def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
+    """The stories of a block whose place lies below the limit, by place."""
     block, limit = block_and_limit
-    return {d: text for text in clean_block(block, text_key)[0] if first_bits(d := digest(text)) < limit}
+    return {n: story for *_, story in clean_block(block, extract)[0] if (n := place(story)) < limit}
 
 
-def encode_block(block: tuple, text_key: str) -> tuple:
-    """Returns digests, lengths in tokens, characters and bytes of the stories, all tokens, what was dropped."""
-    texts, dropped = clean_block(block, text_key)
-    end = [tokenizer.eos_id()]
-    ids = [story + end for story in tokenizer.encode(texts)]
+def encode_block(block: tuple, extract) -> tuple:
+    """Returns digests, places, lengths in tokens, characters and bytes, all tokens, and what was dropped."""
+    texts, dropped = clean_block(block, extract)
+    encoded = [tokenizer.encode(list(part)) for part in zip(*texts, strict=True)]  # instructions and stories
+    flat, ids = itertools.chain.from_iterable, []
+    for parts in zip(*encoded, strict=True):
+        ids.append([*flat(flat(zip(frames, parts, strict=True))), tokenizer.eos_id()])
+    lengths = [
+        (len(i), sum(map(len, t)), sum(len(part.encode()) for part in t)) for i, t in zip(ids, texts, strict=True)
+    ]
     return (
-        [digest(text) for text in texts],
-        np.array([[len(i), len(t), len(t.encode())] for i, t in zip(ids, texts, strict=True)], np.int64).reshape(-1, 3),
-        np.fromiter(itertools.chain.from_iterable(ids), dtype=np.uint16),
+        [digest(*t) for t in texts],
+        np.array([place(t[-1]) for t in texts], dtype=np.uint64),
+        np.array(lengths, dtype=np.int64).reshape(-1, 3),
+        np.fromiter(flat(ids), dtype=np.uint16),
         dropped,
     )
 
 
-def start_worker(model: bytes = b"") -> None:
-    """In each worker process, once: end with the parent, leave Ctrl-C to it, take the tokenizer."""
-    global tokenizer
+def start_worker(model: bytes = b"", before: tuple = ()) -> None:
+    """In each worker process, once: end with the parent, leave Ctrl-C to it, take the tokenizer and the
+    control tokens that stand before each part of a text."""
+    global tokenizer, frames
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if model:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+        tokenizer, frames = sentencepiece.SentencePieceProcessor(model_proto=model), before
 
 
 def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
@@ -192,11 +209,11 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
 
 def write_bins(results, folder: Path, val_fraction: float) -> dict:
     """Write the encoded stories to train.bin and val.bin, each story once; return the counts."""
-    border = int(val_fraction * 2**64)
+    border = np.uint64(val_fraction * 2**64)
     counts = {split: np.zeros(4, dtype=np.int64) for split in ("train", "val")}
     dropped, seen = collections.Counter(), set()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for digests, sizes, tokens, block_dropped in results:
+        for digests, places, sizes, tokens, block_dropped in results:
             dropped += block_dropped
             new = np.zeros(len(digests), dtype=bool)
             for i, d in enumerate(digests):
@@ -204,7 +221,7 @@ def write_bins(results, folder: Path, val_fraction: float) -> dict:
                     seen.add(d)
                     new[i] = True
             dropped["duplicate"] += int((~new).sum())
-            in_val = np.array([first_bits(d) < border for d in digests], dtype=bool)
+            in_val = places < border
             for split, file, chosen in (("train", train, new & ~in_val), ("val", val, new & in_val)):
                 file.write(tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tobytes())
                 counts[split] += (chosen.sum(), *sizes[chosen].sum(axis=0))
@@ -218,9 +235,10 @@ def write_bins(results, folder: Path, val_fraction: float) -> dict:
 
 def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
     """Do all the work into a folder beside out_dir and rename it. Returns what meta.json holds."""
+    extract = functools.partial(texts_of, args=args)
     made = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
-    place = Path(os.path.abspath(out_dir))
-    beside, old = (place.parent / f"{place.name}.{end}" for end in ("tmp", "old"))
+    final = Path(os.path.abspath(out_dir))
+    beside, old = (final.parent / f"{final.name}.{end}" for end in ("tmp", "old"))
     for folder in (out_dir, beside, old):
         if folder.exists() and not {p.name for p in folder.iterdir()} <= made:
             raise UserError(f"{folder}: holds files that prepare.py did not make; choose another --out_dir")
@@ -233,33 +251,35 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         else:
             with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
                 sample, limit = {}, 2**64
-                blocks = ((block, limit) for block in read_blocks(files, args.text_key, "reading"))
-                # Stories whose digest lies below the limit are the sample. Halving the limit whenever
+                blocks = ((block, limit) for block in read_blocks(files, extract, "reading"))
+                # Stories whose place lies below the limit are the sample. Halving the limit whenever
                 # they grow too many leaves a fair draw from all files, whatever their order and size.
-                for found in in_order(workers, sample_block, blocks, args.text_key):
-                    sample |= {d: text for d, text in found.items() if first_bits(d) < limit}
+                for found in in_order(workers, sample_block, blocks, extract):
+                    sample |= {n: story for n, story in found.items() if n < limit}
                     while sum(map(len, sample.values())) > SAMPLE:
                         limit //= 2
-                        sample = {d: text for d, text in sample.items() if first_bits(d) < limit}
+                        sample = {n: story for n, story in sample.items() if n < limit}
                 if not sample:
                     raise UserError(f"{files[0]}: no stories found")
                 print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
                 # In a worker, so that the memory it takes is given back.
-                texts = [sample[d] for d in sorted(sample)]
+                texts = [sample[n] for n in sorted(sample)]
                 model = workers.submit(train_tokenizer, texts, args.vocab_size).result()
             del sample, texts
         trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
         if not args.tokenizer and trained.vocab_size() < args.vocab_size:
             print(f"the corpus fills only {trained.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
-        with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model,)) as workers:
-            blocks = read_blocks(files, args.text_key, "encoding")
-            meta = write_bins(in_order(workers, encode_block, blocks, args.text_key), beside, args.val_fraction)
+        template = template_for(trained) if args.task == "sft" else None
+        before = markers(template, trained) if template else ([],)
+        with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model, before)) as workers:
+            blocks = read_blocks(files, extract, "encoding")
+            meta = write_bins(in_order(workers, encode_block, blocks, extract), beside, args.val_fraction)
         if not meta["train"]["stories"] + meta["val"]["stories"]:
             raise UserError(f"{files[0]}: no stories found")
         for split in ("train", "val"):
             if not meta[split]["stories"]:
                 raise UserError(f"--val_fraction {args.val_fraction}: leaves no story for the {split} split")
-        meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id()}
+        meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id(), "template": template}
         meta |= {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
         meta |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
         for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2).encode())):
@@ -269,8 +289,8 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
                 os.fsync(f.fileno())
         if out_dir.exists():
             shutil.rmtree(old, ignore_errors=True)
-            os.replace(place, old)
-        os.replace(beside, place)
+            os.replace(final, old)
+        os.replace(beside, final)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         e.filename = e.filename or str(out_dir)  # a full disk does not say where
@@ -284,6 +304,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Turn stories into tokens.", allow_abbrev=False)
     parser.error = usage_error
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs (default: our own stories)")
+    parser.add_argument("--task", choices=("pretrain", "sft"), default="pretrain", help="stories, or instructions")
+    parser.add_argument("--augment", type=int, default=1, help="sft: differently ordered instructions for a story")
     parser.add_argument("--download", choices=DATASETS, help="fetch this dataset and prepare it")
     parser.add_argument("--out_dir", type=Path, help="default: data/demo, or data/ and the dataset's name")
     parser.add_argument("--vocab_size", type=int, default=8192, help="pieces of the tokenizer (at most 65536)")
@@ -296,8 +318,11 @@ def main() -> None:
         raise UserError(f"--vocab_size {args.vocab_size}: must lie between 263 (every byte) and 65536 (uint16)")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
+    for key in ("workers", "augment"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.task == "sft" and not args.tokenizer:
+        raise UserError("--tokenizer is missing: instructions need the one of the model to be tuned")
     start = time.perf_counter()
     if args.download:
         files = [download(args.download, Path("data/downloads"))]
@@ -312,7 +337,8 @@ def main() -> None:
     args.text_key = args.text_key or "story_zh"
     if args.inputs and not args.out_dir and not args.download:
         raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
-    out_dir = args.out_dir or Path("data", args.download or "demo")
+    suffix = "_sft" if args.task == "sft" else ""
+    out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
     meta = prepare(files, out_dir, args)
     for split in ("train", "val"):
         c = meta[split]

@@ -2,18 +2,23 @@
 
     python sample.py --ckpt out/demo
     python sample.py --ckpt out/demo --prompt 从前 --num 5 --temperature 1.0
-    python sample.py --ckpt out/demo --interactive
+    python sample.py --ckpt out/demo_sft --words 铲子,草地 --features 转折
+    python sample.py --ckpt out/demo_sft --interactive
 
 All stories are decoded as one batch with a key-value cache; the first streams to the terminal.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from model import GPT, build_model, read_checkpoint
+from checkpoint import build_model, read_checkpoint
+from device import choose_device
+from instructions import NAMES, markers, write_constraints
+from model import GPT
 from prepare import UserError, clean, load_tokenizer, run, usage_error
 
 
@@ -97,19 +102,18 @@ def generate(
         logits = model(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
 
 
-def tell(model, tokenizer, prompt: str, num: int, write=None, **options) -> list[str]:
-    """`num` stories that begin with `prompt`. The first is passed to `write` piece by piece, as it is made."""
+def tell(model, tokenizer, prompt: list[int], num: int, write=None, **options) -> list[str]:
+    """`num` stories that follow the tokens of `prompt`; what stands behind its last control token is their
+    beginning. The first story is passed to `write` piece by piece, as it is made. Raises UserError."""
+    if len(prompt) >= model.config.block_size:
+        raise UserError(
+            f"the prompt has {len(prompt):,} tokens, the model reads at most {model.config.block_size - 1:,}"
+        )
     end = tokenizer.eos_id()
-    try:
-        prompt = clean(prompt)
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not UTF-8 text") from None
-    ids = [end, *tokenizer.encode(prompt)]  # a story begins where another has ended
-    if len(ids) >= model.config.block_size:
-        raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.config.block_size - 1:,}")
-    stories = [ids[1:] for _ in range(num)]
+    begin = 1 + max(i for i, token in enumerate(prompt) if tokenizer.is_control(token))
+    stories = [prompt[begin:] for _ in range(num)]
     written = 0
-    for token in generate(model, [ids] * num, end_token=end, **options):
+    for token in generate(model, [prompt] * num, end_token=end, **options):
         for story, t in zip(stories, token.tolist(), strict=True):
             if t != end:
                 story.append(t)
@@ -123,11 +127,21 @@ def tell(model, tokenizer, prompt: str, num: int, write=None, **options) -> list
     return texts
 
 
+def cleaned(prompt: str) -> str:
+    """A prompt, cleaned as stories are. Raises UserError."""
+    try:
+        return clean(prompt)
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tell stories from a checkpoint.", allow_abbrev=False)
     parser.error = usage_error
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--prompt", default="", help="how the stories begin")
+    for name, key in NAMES.items():
+        parser.add_argument(f"--{key}", default="", help=f"instruction: {name} (a model of sft.py)")
     parser.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     parser.add_argument("--num", type=int, default=3, help="stories to tell")
     parser.add_argument("--max_new_tokens", type=int, default=300)
@@ -136,7 +150,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--interactive", action="store_true", help="keep asking for prompts")
     args = parser.parse_args()
     for key, least in (("num", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
@@ -146,37 +160,53 @@ def main() -> None:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed}: must be below 2**63")
-    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {args.device}: must be cuda, mps or cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: PyTorch finds no CUDA device here; use --device cpu")
-
+    device, _ = choose_device(args.device)
     checkpoint = read_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(args.device).eval()
+    model = build_model(checkpoint, args.ckpt).to(device).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
     options = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     options = {key: getattr(args, key) for key in options}
 
-    def show(prompt: str) -> None:
-        stories = tell(model, tokenizer, prompt, args.num, lambda text: print(text, end="", flush=True), **options)
+    template = checkpoint.get("template")
+
+    def show(prompt: str, constraints: dict[str, str]) -> None:
+        ids = [tokenizer.eos_id()]  # a story begins where another has ended
+        if constraints:
+            before, answer = markers(template, tokenizer)
+            ids += before + tokenizer.encode(cleaned(write_constraints(constraints))) + answer
+        ids += tokenizer.encode(cleaned(prompt))
+        stories = tell(model, tokenizer, ids, args.num, lambda text: print(text, end="", flush=True), **options)
         for story in stories[1:]:
             print(f"\n---\n{story}", end="")
         print(flush=True)
 
-    if args.interactive:
-        print("Type how a story begins, then Enter; Ctrl-D ends.", file=sys.stderr)
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        for line in sys.stdin:
-            show(line.rstrip("\n"))
-    elif args.prompt_file:
+    constraints = {name: getattr(args, key) for name, key in NAMES.items() if getattr(args, key).strip()}
+    if constraints and not template:
+        raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
+    if args.prompt_file:
         try:
-            show(args.prompt_file.read_text(encoding="utf-8").rstrip("\n"))
+            args.prompt = args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
         except UnicodeDecodeError as e:
             raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
-    else:
-        show(args.prompt)
+    if not args.interactive:
+        return show(args.prompt, constraints)
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    asked = list(NAMES) if template else ["the beginning of a story"]
+    hints = sys.stderr if sys.stdin.isatty() else open(os.devnull, "w")  # noqa: SIM115 (open as long as we run)
+    print("Enter alone leaves one out; Ctrl-D ends.", file=hints)
+    while True:
+        answers = {}
+        for name in asked:
+            print(f"{name}: ", end="", file=hints, flush=True)
+            if not (line := sys.stdin.readline()):
+                return print(file=hints)
+            answers[name] = line.rstrip("\n")
+        if template:
+            show("", {name: answer for name, answer in answers.items() if answer.strip()})
+        else:
+            show(*answers.values(), {})
 
 
 if __name__ == "__main__":

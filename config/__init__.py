@@ -1,13 +1,69 @@
-"""Read settings: files of plain assignments, and --key=value. Parsed and checked, never executed."""
+"""Settings: what there is to set, read from files of plain assignments and from --key=value.
+
+Parsed and checked, never executed.
+"""
 
 import ast
 import dataclasses
 import difflib
 import operator
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from stories.read import UserError
+
+
+@dataclass
+class LoopSettings:
+    """What the training loop is told, in a config file or as --key=value. Each script adds its own keys."""
+
+    data_dir: str = "data/demo"
+    out_dir: str = "out/demo"
+    resume: bool = False  # go on from the newest checkpoint in out_dir
+    # A step: gradient_accumulation_steps micro-batches of batch_size sequences of block_size tokens
+    block_size: int = 256
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1  # over all processes together
+    max_iters: int = 1000
+    # The optimizer
+    optimizer: str = "muon"  # muon | adamw
+    learning_rate: float = 0.003
+    min_lr: float = 0.0
+    warmup_iters: int = 20
+    schedule: str = "linear"  # linear: hold, then fall over the last cooldown of the run | cosine
+    cooldown: float = 0.5
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # 0: none
+    # Every so many steps
+    log_interval: int = 10
+    eval_interval: int = 100
+    eval_blocks: int = 64  # validation sequences, always the same
+    sample_interval: int = 0  # tell a story; 0: never
+    save_interval: int = 100
+    # The machine
+    device: str = "auto"  # auto | cuda | cuda:1 | mps | cpu
+    dtype: str = "auto"  # auto | bfloat16 | float16 | float32
+    compile: bool = True
+    deterministic: bool = True  # the same bits every time; costs nothing measurable on a CPU
+    seed: int = 1337
+
+    def __post_init__(self):
+        """Check the ranges. Raises UserError naming the key."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 1 if field.type is int and field.default and field.name not in ("warmup_iters", "seed") else 0
+            if field.type in (int, float) and not least <= value < 2**63:
+                raise UserError(f"{field.name} = {value}: must be at least {least} and below 2**63")
+        if self.cooldown > 1 or self.beta1 >= 1 or self.beta2 >= 1:
+            raise UserError("cooldown must be at most 1, beta1 and beta2 below 1")
+        choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine")}
+        choices["dtype"] = ("auto", "bfloat16", "float16", "float32")
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(known)}")
 
 
 def read_config(path: str) -> dict:

@@ -54,11 +54,14 @@ def is_readable(name: str) -> bool:
 
 
 # A block is (kind, name, number of its first line, data). Parsing JSON lines is slow and left to whoever
-# calls `texts_of`: such blocks are bytes. The other formats come as lists of stories.
+# calls `items_of`: such blocks are bytes. JSON lists and CSV come parsed, as what `extract` found.
 
 
-def read_blocks(files: list[Path], text_key: str, title: str):
-    """Stream the blocks of all files behind one progress bar, of bytes as they lie on the disk."""
+def read_blocks(files: list[Path], extract, title: str):
+    """Stream the blocks of all files behind one progress bar, of bytes as they lie on the disk.
+
+    extract(record, where) lists what is wanted of one record; `where` names it in messages.
+    """
     total = sum(f.stat().st_size for f in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for path in files:
@@ -74,16 +77,16 @@ def read_blocks(files: list[Path], text_key: str, title: str):
                             for member in archive:
                                 if member.isfile() and member.name.endswith(SUFFIXES):
                                     content = archive.extractfile(member)
-                                    yield from read_stream(content, f"{name}/{member.name}", text_key)
+                                    yield from read_stream(content, f"{name}/{member.name}", extract)
                     else:
-                        yield from read_stream(stream, name, text_key)
+                        yield from read_stream(stream, name, extract)
                 except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as e:
                     raise UserError(f"{name}: damaged or cut off ({e}); fetch it again") from None
                 except UnicodeDecodeError as e:
                     raise UserError(f"{name}: not UTF-8 ({e.reason}); convert the file first") from None
 
 
-def read_stream(stream, name: str, text_key: str):
+def read_stream(stream, name: str, extract):
     kind = name.removesuffix(".gz").rsplit(".", 1)[1]
     if kind == "jsonl":
         for line, data in split_stream(stream, b"\n", name):
@@ -95,9 +98,9 @@ def read_stream(stream, name: str, text_key: str):
             yield separator.decode(), name, line, data
     else:
         records = read_json(stream, name) if kind == "json" else read_csv(stream, name)
-        texts = (story_of(record, text_key, where) for where, record in records)
-        while block := list(itertools.islice(texts, 1000)):
-            yield "stories", name, 0, block
+        found = (item for where, record in records for item in extract(record, where))
+        while block := list(itertools.islice(found, 1000)):
+            yield "found", name, 0, block
 
 
 def split_stream(stream, separator: bytes, name: str, head: bytes = b""):
@@ -162,7 +165,8 @@ def read_csv(stream, name: str):
         raise UserError(f"{name}:{rows.reader.line_num}: malformed CSV ({e})") from None
 
 
-def story_of(record, text_key: str, where: str) -> str:
+def story_of(record, where: str, text_key: str) -> str:
+    """The story a record holds. Raises UserError."""
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
@@ -175,10 +179,10 @@ def story_of(record, text_key: str, where: str) -> str:
     return record[text_key]
 
 
-def texts_of(block: tuple, text_key: str) -> list[str]:
-    """The stories of one block, as they were written."""
+def items_of(block: tuple, extract) -> list:
+    """What `extract` finds in the records of one block."""
     kind, name, line, data = block
-    if kind == "stories":
+    if kind == "found":
         return data
     try:
         text = data.decode()
@@ -186,13 +190,13 @@ def texts_of(block: tuple, text_key: str) -> list[str]:
         line += data.count(b"\n", 0, e.start)
         raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert the file first") from None
     if kind != "jsonl":
-        return text.split(kind)
-    texts = []
+        return [item for story in text.split(kind) for item in extract(story, f"{name}:{line}")]
+    items = []
     for number, row in enumerate(text.split("\n"), line):
         if row and not row.isspace():
             try:
                 record = json.loads(row)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{name}:{number}: malformed JSON ({e})") from None
-            texts.append(story_of(record, text_key, f"{name}:{number}"))
-    return texts
+            items += extract(record, f"{name}:{number}")
+    return items

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import GPT, IGNORE, ModelConfig, build_model, summed_loss
+from checkpoint import build_model
+from model import GPT, IGNORE, ModelConfig, summed_loss
 from sample import choose, generate, prefill
 
 SHAPE = {"vocab_size": 97, "block_size": 40, "n_layer": 3, "n_head": 6, "n_kv_head": 2, "head_dim": 10, "n_embd": 36}

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import prepare
 import stories.read
-from stories.read import UserError, find_inputs, read_blocks, texts_of
+from stories.read import UserError, find_inputs, items_of, read_blocks, story_of
 
 END = "<|endoftext|>"
 MADE = ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
@@ -226,7 +226,8 @@ def test_text_key(tmp_path):
 
 
 def read_texts(path, text_key="story_zh"):
-    return [t for block in read_blocks([path], text_key, "") for t in texts_of(block, text_key)]
+    extract = lambda record, where: [story_of(record, where, text_key)]  # noqa: E731
+    return [t for block in read_blocks([path], extract, "") for t in items_of(block, extract)]
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if "strings" not in name])

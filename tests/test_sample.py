@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
-from model import GPT, ModelConfig, build_model, find_checkpoints, read_checkpoint
+from checkpoint import build_model, find_checkpoints, read_checkpoint
+from model import GPT, ModelConfig
 from prepare import run
 from sample import tell
 
@@ -93,7 +94,7 @@ def test_three_by_default_and_at_most_max_new_tokens(ckpt, loaded):
     model, tokenizer = loaded
     assert len(stories("--ckpt", ckpt, "--max_new_tokens", 5).split("\n---\n")) == 3
     for limit in (1, 5):
-        told = tell(model, tokenizer, "", 1, max_new_tokens=limit, temperature=0)
+        told = tell(model, tokenizer, [tokenizer.eos_id()], 1, max_new_tokens=limit, temperature=0)
         assert told == [greedy(model, tokenizer, "", limit)]
 
 
@@ -206,7 +207,8 @@ class Script:
 def pieces_of(tokenizer, tokens, prompt="", **options):
     pieces = []
     options = {"max_new_tokens": len(tokens), "temperature": 0} | options
-    told = tell(Script(tokens, tokenizer.vocab_size()), tokenizer, prompt, 2, pieces.append, **options)
+    ids = [tokenizer.eos_id(), *tokenizer.encode(prompt)]
+    told = tell(Script(tokens, tokenizer.vocab_size()), tokenizer, ids, 2, pieces.append, **options)
     return told, pieces
 
 
@@ -316,7 +318,7 @@ def test_prompt_too_long(ckpt, loaded):
 )
 def test_bad_values(key, values, ckpt):
     for value in values:
-        assert_one_line_error(sample_here("--ckpt", ckpt, "--max_new_tokens", 2, f"--{key}={value}"), f"--{key}")
+        assert_one_line_error(sample_here("--ckpt", ckpt, "--max_new_tokens", 2, f"--{key}={value}"), key)
 
 
 @pytest.mark.parametrize(

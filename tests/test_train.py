@@ -30,7 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from model import GPT, IGNORE, ModelConfig, build_model, find_checkpoints, read_checkpoint
+from checkpoint import build_model, find_checkpoints, read_checkpoint
+from model import GPT, IGNORE, ModelConfig
 from prepare import UserError, run
 from train import Settings, TokenFile, learning_rate_at
 
@@ -135,7 +136,7 @@ class Rows:
 def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_token_loss, **changes):
     """Call the loop itself. Returns the model, the gradients of the last step and the micro-batches it was fed."""
     s = Settings(**TINY | {"data_dir": str(tiny_data), "out_dir": str(out_dir), "dtype": "float32"} | changes)
-    train_data, val_data, tokenizer = train.open_data(s)
+    train_data, val_data, parts = train.open_data(s)
     if model is None:
         torch.manual_seed(5)
         model = GPT(config_of(tiny_data))
@@ -148,7 +149,7 @@ def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_tok
             calls.append(batch)
         return loss_fn(model, batch)
 
-    train.train(s, model, data or train_data, val_data, tokenizer, watched)
+    train.train(s, model, data or train_data, val_data, parts, watched)
     return SimpleNamespace(model=model, gradients=newest, batches=calls)
 
 
@@ -934,6 +935,7 @@ def test_block_size_longer_than_the_data(spoilt):
 def test_shapes_that_cannot_be(spoilt):
     spoilt("head_dim", head_dim=7)
     spoilt("n_kv_head", n_kv_head=3)
+    spoilt("rope_theta", rope_theta=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

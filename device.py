@@ -1,0 +1,67 @@
+"""The machine: which device and number type to use, whether to compile, how fast and how full it is."""
+
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+
+import torch
+
+from prepare import UserError
+
+
+def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """The device and the type of the matrix products, as asked for or the best there is. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device = {name!r}: must be auto, cuda, mps or cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"device = {name!r}: PyTorch finds no such CUDA device here; try --device=cpu")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device = 'mps': not available here; try --device=cpu")
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
+    if device.type == "cuda":
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return device, torch.bfloat16 if device.type == "cpu" else torch.float32
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The floating point operations a second that large matrix products reach here, measured."""
+    n = 8192 if device.type == "cuda" else 512
+    chance = torch.Generator(device)  # leaves the run's own be
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=chance)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # reading a number back waits for the product
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held at once so far: on the GPU where there is one, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def compile_model(model: torch.nn.Module, device: torch.device):
+    """The model through torch.compile where that works; it shares its weights with `model`."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        print("no C++ compiler found: training without torch.compile, which is slower (try: apt install g++)")
+        return model
+    return model if device.type == "mps" else torch.compile(model)

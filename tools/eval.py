@@ -1,0 +1,189 @@
+"""Does a model follow instructions? Figures on held-out ones, for one checkpoint or several side by side.
+
+python -m tools.eval --ckpt out/demo_sft
+python -m tools.eval --ckpt out/demo --ckpt out/demo_sft --data data/demo_sft --json figures.json
+"""
+
+import argparse
+import collections
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import build_model, read_checkpoint
+from device import choose_device
+from instructions import markers, read_constraints, split_list
+from model import IGNORE
+from prepare import UserError, load_tokenizer, run, usage_error
+from sample import generate
+from train import read_meta
+
+LABELS = {
+    "words": "required words present",
+    "words_all": "stories with all their words",
+    "sentence_exact": "required sentence present",
+    "sentence_lcs80": "the same, 80% of it in order",
+    "dialogue": "dialogue where asked for",
+    "finished": "stories that reach their end",
+    "repeat_4gram": "repeated 4-grams in a story",
+    "length": "characters in a story",
+    "bits_per_char": "bits a character of references",
+}
+
+
+def common_subsequence(a: str, b: str) -> int:
+    """The length of the longest common subsequence, by the textbook's table (Cormen et al., 14.4)."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        above = row
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+    return row[-1]
+
+
+def sentences_of(text: str) -> list[str]:
+    return [s for s in re.split(r"[。！？.!?“”\"\n]+", text) if s.strip()]
+
+
+def repeated_4grams(text: str) -> float:
+    """The share of a text's 4-grams of characters that have occurred in it before."""
+    grams = [text[i : i + 4] for i in range(len(text) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
+    """What can be said of one story, given what was asked of it; only what applies is in the result."""
+    constraints = constraints or {}
+    found = {"length": len(story), "repeat_4gram": repeated_4grams(story)}
+    if words := split_list(constraints.get("词汇", "")):
+        found["words"] = sum(word in story for word in words) / len(words)
+        found["words_all"] = float(found["words"] == 1)
+    if sentence := constraints.get("随机句子"):
+        found["sentence_exact"] = float(sentence in story)
+        asked = "".join(sentences_of(sentence))
+        nearest = max((common_subsequence(asked, s) for s in sentences_of(story)), default=0)
+        found["sentence_lcs80"] = float(sentence in story or nearest > 0.8 * len(asked))
+    if {"对话", "對話", "Dialogue"} & set(split_list(constraints.get("特点", ""))):
+        found["dialogue"] = float(any(quote in story for quote in '“「『"'))
+    return found
+
+
+def average(scores: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the stories it applies to."""
+    sums = collections.defaultdict(list)
+    for found in scores:
+        for name, value in found.items():
+            sums[name].append(value)
+    return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def held_out(folder: Path, answer: int, end: int, number: int) -> list[tuple[list[int], list[int]]]:
+    """The first `number` validation examples: the tokens up to the answer, and the answer's with its end."""
+    tokens = np.fromfile(folder / "val.bin", dtype="<u2").tolist()
+    examples, start = [], 0
+    while start < len(tokens) and len(examples) < number:
+        stop = tokens.index(end, start) + 1
+        middle = tokens.index(answer, start, stop) + 1
+        examples.append(([end, *tokens[start:middle]], tokens[middle:stop]))
+        start = stop
+    return examples
+
+
+@torch.inference_mode()
+def reference_bits(model, tokenizer, examples, batch_size: int, device) -> float:
+    """Bits a character of the reference answers, given their instructions."""
+    nats = 0.0
+    for first in range(0, len(examples), batch_size):
+        batch = examples[first : first + batch_size]
+        longest = max(len(a) + len(b) for a, b in batch) - 1
+        tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, T)
+        targets = torch.full_like(tokens, IGNORE)  # (B, T)
+        for row, (asked, answer) in enumerate(batch):
+            both = torch.tensor(asked + answer)
+            tokens[row, : len(both) - 1] = both[:-1]
+            targets[row, len(asked) - 1 : len(both) - 1] = both[len(asked) :]
+        nats += model(tokens.to(device), targets.to(device)).item()
+    return nats / math.log(2) / sum(len(tokenizer.decode(answer)) for _, answer in examples)
+
+
+def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
+    """All figures of one checkpoint, and the stories it told. Raises UserError."""
+    device, _ = choose_device(args.device)
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint, path).to(device).eval()
+    tokenizer, end = load_tokenizer(checkpoint["tokenizer"], path), None
+    meta, prepared_with = read_meta(folder)
+    if not isinstance(template := meta.get("template"), str):
+        raise UserError(f"{folder}: holds no instructions; name a folder of prepare.py --task sft with --data")
+    if prepared_with != checkpoint["tokenizer"]:
+        raise UserError(f"{folder}: prepared with another tokenizer than {path}'s")
+    (_, (answer,)), end = markers(template, tokenizer), tokenizer.eos_id()
+    block = model.config.block_size
+    examples = held_out(folder, answer, end, args.num)
+    fitting = [(a, b) for a, b in examples if len(a) + len(b) - 1 <= block]
+    if not fitting:
+        raise UserError(f"{folder}/val.bin: none of its examples fits into the model's {block} tokens")
+    stories, scores = [], []
+    options = {"max_new_tokens": block, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    batches = range(0, len(fitting), args.batch_size)
+    for first in tqdm(batches, desc=str(path), unit="batch", disable=None):
+        asked = [a for a, _ in fitting[first : first + args.batch_size]]
+        told = torch.stack(list(generate(model, asked, end_token=end, seed=args.seed + first, **options)), dim=1)
+        for prompt, tokens in zip(asked, told.tolist(), strict=True):
+            finished = end in tokens
+            story = tokenizer.decode(tokens[: tokens.index(end)] if finished else tokens)
+            constraints = read_constraints(tokenizer.decode(prompt))
+            stories.append(story)
+            scores.append(score(constraints, story) | {"finished": float(finished)})
+    bits = reference_bits(model, tokenizer, fitting, args.batch_size, device)
+    references = average([score(None, tokenizer.decode(b)) for _, b in fitting])
+    figures = average(scores) | {
+        "bits_per_char": bits,
+        "examples": len(fitting),
+        "too_long": len(examples) - len(fitting),
+    }
+    return figures | {f"reference_{name}": value for name, value in references.items()}, stories
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how well a model follows instructions.", allow_abbrev=False)
+    parser.error = usage_error
+    parser.add_argument("--ckpt", type=Path, action="append", required=True, help="give it twice to compare two")
+    parser.add_argument("--data", type=Path, help="prepared instructions (default: those of the last --ckpt)")
+    parser.add_argument("--num", type=int, default=200, help="held-out instructions")
+    parser.add_argument("--batch_size", type=int, default=50, help="stories told at once")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_k", type=int, default=50)
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N stories of each")
+    parser.add_argument("--json", type=Path, help="write the figures of the last checkpoint to this file")
+    args = parser.parse_args()
+    for key in ("num", "batch_size"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    folder = args.data or Path(read_checkpoint(args.ckpt[-1])["settings"].get("data_dir", ""))
+    columns = []
+    for path in args.ckpt:
+        figures, stories = evaluate(path, folder, args)
+        columns.append(figures)
+        print(*stories[: args.show], sep="\n---\n", end="\n" if args.show else "")
+    print(f"{columns[0]['examples']} held-out instructions of {folder}, temperature {args.temperature}")
+    print(" " * 32 + "".join(f"{path.name:>16}" for path in args.ckpt) + f"{'references':>16}")
+    for name, label in LABELS.items():
+        values = [c.get(name) for c in columns] + [columns[0].get(f"reference_{name}")]
+        shown = ["" if v is None else f"{v:.2f}" if name in ("length", "bits_per_char") else f"{v:.1%}" for v in values]
+        print(f"{label:32}" + "".join(f"{text:>16}" for text in shown))
+    if args.json:
+        args.json.write_text(json.dumps(columns[-1], indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
