@@ -8,7 +8,10 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 
+from config import LoopSettings
+from model import GPT
 from prepare import UserError
 
 
@@ -65,3 +68,24 @@ def compile_model(model: torch.nn.Module, device: torch.device):
         print("no C++ compiler found: training without torch.compile, which is slower (try: apt install g++)")
         return model
     return model if device.type == "mps" else torch.compile(model)
+
+
+def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> int:
+    """Bytes of weights, gradients, optimizer state, and of what a micro-batch keeps for its backward pass."""
+    c, size = model.config, dtype.itemsize
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
+    state = 4 * model.count_parameters() + 12 * learned
+    state -= 4 * matrices if settings.optimizer == "muon" else 0  # Muon keeps one moment
+    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
+    token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
+    loss = 2048 * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
+    return state + settings.batch_size * settings.block_size * token + loss
+
+
+def start_processes(s: LoopSettings) -> None:
+    """Join the other processes that torchrun started, if it did; then set the seed."""
+    if "RANK" in os.environ:
+        device, _ = choose_device(s.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(s.seed)

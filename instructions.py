@@ -45,11 +45,11 @@ def markers(template: str, tokenizer) -> tuple[list[int], list[int]]:
 
 
 def write_constraints(constraints: dict[str, str]) -> str:
-    """The text of an instruction: a line for each constraint, in the order given."""
+    """The text of an instruction: a line for each constraint that says something, in the order given."""
     lines = []
     for name, value in constraints.items():
         value = "，".join(split_list(value)) if name in ("词汇", "特点") else " ".join(value.split())
-        lines.append(f"{name}：{value}")
+        lines += [f"{name}：{value}"] if value else []
     return "\n".join(lines)
 
 
@@ -57,7 +57,8 @@ def read_constraints(text: str) -> dict[str, str] | None:
     """The constraints an instruction consists of, their names normalised; None if it holds anything else."""
     constraints = {}
     for line in text.strip().splitlines():
-        name, _, value = (part.strip() for part in line.replace(":", "：", 1).partition("："))
+        name, *rest = (part.strip() for part in re.split("[：:]", line, maxsplit=1))
+        value = "".join(rest)
         name = SYNONYMS.get(name, name)
         if name not in NAMES or not value or name in constraints:
             return None
@@ -67,7 +68,7 @@ def read_constraints(text: str) -> dict[str, str] | None:
 
 def split_list(value: str) -> list[str]:
     """The words of 词汇, or the features of 特点."""
-    return [word.strip() for word in re.split("[，,、]", value) if word.strip()]
+    return [" ".join(word.split()) for word in re.split("[，,、]", value) if word.strip()]
 
 
 def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) -> dict[str, str]:
@@ -77,10 +78,11 @@ def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) 
     found = {}
     for name, key in (("词汇", "words"), ("特点", "features")):
         if isinstance(labels.get(key), list):
-            found[name] = "，".join(str(word) for word in labels[key])
-    found["摘要"] = record.get(text_key.replace("story", "summary"))
-    found["随机句子"] = record.get(text_key.replace("story", "sentence"))
-    if not found["随机句子"]:
+            found[name] = "，".join(split_list("，".join(map(str, labels[key]))))
+    if "story" in text_key:  # story_zh has summary_zh beside it, story has summary
+        found["摘要"] = record.get(text_key.replace("story", "summary"))
+        found["随机句子"] = record.get(text_key.replace("story", "sentence"))
+    if not found.get("随机句子"):
         sentences = [s for s in re.findall(r"[^。！？.!?“”\"]+[。！？.!?]", story) if len(s.strip()) >= 8]
         found["随机句子"] = sentences[int(rng.random() * len(sentences))] if sentences else ""
     return {name: value for name, value in found.items() if isinstance(value, str) and value.strip()}
@@ -98,7 +100,7 @@ def examples_of(record, where: str, text_key: str, augment: int) -> list[tuple[s
                 raise UserError(f"{where}: {key!r} is a {type(record[key]).__name__}, not text")
         response, extra = record["output"], record.get("input", "")
         asked = "\n".join(text for text in (record.get("instruction", ""), extra) if text.strip())
-        constraints = read_constraints(extra or asked)
+        constraints = read_constraints(extra if extra.strip() else asked)
         if constraints is None:
             return [(asked, response)]
         first = [tuple(constraints)]

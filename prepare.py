@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from instructions import CONTROL, examples_of, markers, template_for
+from instructions import CONTROL, NAMES, examples_of, markers, template_for
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
 from stories.read import LONGEST, UserError, find_inputs, items_of, read_blocks, story_of
@@ -100,7 +100,8 @@ def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collectio
 
 def digest(*texts: str) -> bytes:
     """16 bytes that stand for a text or a pair of them."""
-    return hashlib.blake2b("\0\0".join(texts).encode(), digest_size=16, key=b"split 1337").digest()
+    lengths = [str(len(text)) for text in texts[:-1]]  # where one ends and the next begins
+    return hashlib.blake2b("".join([*lengths, *texts]).encode(), digest_size=16, key=b"split 1337").digest()
 
 
 def place(story: str) -> int:
@@ -184,7 +185,7 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
             hard_vocab_limit=False,  # a small corpus gets as many pieces as it can fill
             character_coverage=0.9995,  # the rarest characters are spelt in bytes
             byte_fallback=True,
-            required_chars="\u2581",  # the space, even if no story has one
+            required_chars="\u2581：" + "".join(NAMES),  # the space and instructions' labels, in no story perhaps
             # These four keep every character, so that decode(encode(story)) == story.
             normalization_rule_name="identity",
             add_dummy_prefix=False,

@@ -127,6 +127,25 @@ def tell(model, tokenizer, prompt: list[int], num: int, write=None, **options) -
     return texts
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `generate` takes, for every program that tells stories."""
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """What was given of them, checked. Raises UserError."""
+    for key in ("temperature", "top_k", "seed"):
+        if not 0 <= getattr(args, key) < 2**63:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 0 and below 2**63")
+    if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
+        raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
+    return {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty", "seed")}
+
+
 def cleaned(prompt: str) -> str:
     """A prompt, cleaned as stories are. Raises UserError."""
     try:
@@ -145,45 +164,35 @@ def main() -> None:
     parser.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     parser.add_argument("--num", type=int, default=3, help="stories to tell")
     parser.add_argument("--max_new_tokens", type=int, default=300)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
-    parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
+    add_sampling_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--interactive", action="store_true", help="keep asking for prompts")
     args = parser.parse_args()
-    for key, least in (("num", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not getattr(args, key) >= least:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
-    if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
-        raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed}: must be below 2**63")
+    for key in ("num", "max_new_tokens"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    options = sampling_options(args) | {"max_new_tokens": args.max_new_tokens}
     device, _ = choose_device(args.device)
     checkpoint = read_checkpoint(args.ckpt)
     model = build_model(checkpoint, args.ckpt).to(device).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
-    options = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    options = {key: getattr(args, key) for key in options}
-
     template = checkpoint.get("template")
 
     def show(prompt: str, constraints: dict[str, str]) -> None:
         ids = [tokenizer.eos_id()]  # a story begins where another has ended
-        if constraints:
+        if instruction := write_constraints(constraints):
             before, answer = markers(template, tokenizer)
-            ids += before + tokenizer.encode(cleaned(write_constraints(constraints))) + answer
+            ids += before + tokenizer.encode(cleaned(instruction)) + answer
         ids += tokenizer.encode(cleaned(prompt))
         stories = tell(model, tokenizer, ids, args.num, lambda text: print(text, end="", flush=True), **options)
         for story in stories[1:]:
             print(f"\n---\n{story}", end="")
         print(flush=True)
 
-    constraints = {name: getattr(args, key) for name, key in NAMES.items() if getattr(args, key).strip()}
-    if constraints and not template:
+    constraints = {name: getattr(args, key) for name, key in NAMES.items()}
+    if write_constraints(constraints) and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
     if args.prompt_file:
         try:
@@ -204,7 +213,7 @@ def main() -> None:
                 return print(file=hints)
             answers[name] = line.rstrip("\n")
         if template:
-            show("", {name: answer for name, answer in answers.items() if answer.strip()})
+            show("", answers)
         else:
             show(*answers.values(), {})
 

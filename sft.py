@@ -9,6 +9,7 @@ The loop is `train.train`. What is new here is the data: several examples packed
 sees another, and a loss on the tokens of the response alone.
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ import torch
 
 from checkpoint import build_model, find_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
 from config import LoopSettings, load_settings
+from device import start_processes
 from instructions import markers
 from model import IGNORE, add_lora
 from prepare import UserError, load_tokenizer, run
-from train import TokenFile, read_meta, start_processes, train
+from train import TokenFile, read_meta, train
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Settings(LoopSettings):
     """What the loop is told, and what of the model is to learn. The shape is that of the checkpoint."""
 
     init_from: str = "out/demo"  # the pretrained checkpoint, or a run's folder for its newest
+    epochs: float = 0.0  # above 0: max_iters becomes the steps that so many passes over the examples take
     lora_rank: int = 0  # 0: every weight learns; else only adapters of this rank do
     lora_alpha: float = 16.0  # adapters count alpha / rank times
     merge: bool = False  # train nothing: write out_dir/merged.pt, the newest checkpoint with its adapters merged
@@ -68,15 +71,17 @@ class ExampleFile(TokenFile):
         self.ends = np.flatnonzero(self.tokens == self.end_token) + 1
         self.starts = np.append(0, self.ends[:-1])
         self.answers = np.flatnonzero(self.tokens == answer) + 1  # where the responses begin
-        if len(self.answers) != len(self.ends) or not ((self.starts < self.answers) & (self.answers < self.ends)).all():
-            raise UserError(f"{path}: not instructions and responses in turn; run prepare.py --task sft")
+        whole = len(self.answers) == len(self.ends) > 0 and self.ends[-1] == len(self.tokens)
+        if not whole or not ((self.starts < self.answers) & (self.answers < self.ends)).all():
+            raise UserError(f"{path}: not instructions and responses in turn; run prepare.py --task sft again")
         lengths = self.ends - self.starts
         fitting = np.flatnonzero(lengths <= min(s.block_size, longest))
-        self.left_out, self.fill = len(lengths) - len(fitting), 0.0
+        if not len(fitting):
+            raise UserError(f"{path}: no example fits into {min(s.block_size, longest)} tokens")
+        self.left_out = len(lengths) - len(fitting)
         order, self.row_starts = pack(lengths[fitting], s.block_size)
         self.order_in_rows = fitting[order]
-        if len(self):
-            self.fill = lengths[fitting].sum() / (len(self) * s.block_size)
+        self.fill = lengths[fitting].sum() / (len(self) * s.block_size)
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -137,11 +142,13 @@ def main() -> None:
             f"{data.path}: {len(data.ends):,} examples, {data.left_out:,} of them left out (longer than {limit} "
             f"tokens); {data.fill:.1%} of the rows are real tokens"
         )
+    if s.epochs:
+        s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
     parts = {"tokenizer": tokenizer, "template": template}
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)
         parts["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    prompt, _ = val_data.example(0)
+    prompt, _ = val_data.example(val_data.order_in_rows[0])
     train(s, model, train_data, val_data, parts, prompt=prompt.tolist())
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import cut_metrics, find_checkpoints, save_checkpoint, state_to_resume
 from config import LoopSettings, load_settings
-from device import choose_device, compile_model, matmul_rate, peak_memory
+from device import choose_device, compile_model, expected_memory, matmul_rate, peak_memory, start_processes
 from model import GPT, IGNORE, ModelConfig
 from prepare import UserError, load_tokenizer, run
 from sample import tell
@@ -128,20 +128,7 @@ def open_data(s: Settings) -> tuple[TokenFile, TokenFile, dict]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Memory, optimizer, evaluation
-
-
-def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> int:
-    """Bytes of weights, gradients, optimizer state, and of what a micro-batch keeps for its backward pass."""
-    c, size = model.config, dtype.itemsize
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
-    state = 4 * model.count_parameters() + 12 * learned
-    state -= 4 * matrices if settings.optimizer == "muon" else 0  # Muon keeps one moment
-    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
-    token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
-    loss = 2048 * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
-    return state + settings.batch_size * settings.block_size * token + loss
+# Optimizer and evaluation
 
 
 def make_optimizers(model: GPT, settings: LoopSettings) -> list[torch.optim.Optimizer]:
@@ -233,6 +220,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(s.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding errors, which takes time
 
     state = state_to_resume(s, model, parts)
     model.to(device)
@@ -395,15 +383,8 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     if rank == 0 and stopping and step < s.max_iters:
         print(f"stopped and saved at step {step}; to go on: {shlex.join(['python', *sys.argv, '--resume=True'])}")
     if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still saves
         dist.destroy_process_group()
-
-
-def start_processes(s: LoopSettings) -> None:
-    """Join the other processes that torchrun started, if it did; then set the seed."""
-    if "RANK" in os.environ:
-        device, _ = choose_device(s.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(s.seed)
 
 
 def main() -> None:

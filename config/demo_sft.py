@@ -1,8 +1,9 @@
 """The demo's model learns to write the story it is asked for, on two CPU cores.
 
-python prepare.py --task sft --tokenizer data/demo/tokenizer.model
-python sft.py config/demo_sft.py
+    python prepare.py --task sft --tokenizer data/demo/tokenizer.model
+    python sft.py config/demo_sft.py
 
+700 steps of 3,840 tokens, 0.7 epochs: about 4 minutes.
 """
 
 init_from = "out/demo"
@@ -11,11 +12,11 @@ out_dir = "out/demo_sft"
 
 block_size = 320  # two examples to a row: 99% of it is filled
 batch_size = 12
-max_iters = 600
-learning_rate = 0.004
+max_iters = 700
+learning_rate = 0.012  # higher than the stories': what a story is to hold must now come from its instruction
 warmup_iters = 20
-cooldown = 1.0
+cooldown = 0.9
 
-eval_interval = 150
-sample_interval = 150
-save_interval = 150
+eval_interval = 175
+sample_interval = 175
+save_interval = 175

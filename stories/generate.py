@@ -168,9 +168,9 @@ def tell(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float
         features.add("对话")
     words = [w for w in plot.words if w in story]
     sentences = [s for s in re.findall(r"[^。！？“”]+[。！？]", story) if 8 <= len(s) <= 40]
-    chosen = []
-    while len(chosen) < 3 and words:
-        chosen.append(words.pop(int(rng.random() * len(words))))
+    # A story is about what it keeps coming back to: a word is drawn in proportion to the square of its count
+    # (without replacement: Efraimidis and Spirakis 2006).
+    chosen = sorted(words, key=lambda w: -(rng.random() ** (1 / story.count(w) ** 2)))[:3]
     return {
         "story_zh": story,
         "summary_zh": expand(plot.summaries),

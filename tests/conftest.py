@@ -78,3 +78,43 @@ def tiny_data(tmp_path_factory):
     run_script("prepare.py", folder / "stories.jsonl", "--out_dir", folder / "data", "--vocab_size", 2000,
                "--val_fraction", 0.1)  # fmt: skip
     return folder / "data"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Instruction tuning: a pretrained model, instructions for it, and what sft.py makes of both
+
+SHAPE = {"n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "intermediate_size"}  # the checkpoint's own
+TUNING = {key: value for key, value in TINY.items() if key not in SHAPE}
+TUNING |= {"block_size": 256, "learning_rate": 0.01, "max_iters": 60, "eval_interval": 20, "save_interval": 20}
+
+
+def tuning(init_from, data_dir, out_dir, **changes):
+    """The command line of sft.py: TUNING with changes."""
+    paths = {"init_from": init_from, "data_dir": data_dir, "out_dir": out_dir}
+    return ["sft.py", *(f"--{key}={value}" for key, value in (TUNING | paths | changes).items())]
+
+
+@pytest.fixture(scope="session")
+def tiny_sft(tiny_data):
+    """The stories of tiny_data as instructions and responses, for a model of its tokenizer."""
+    folder = tiny_data.parent / "sft"
+    run_script("prepare.py", tiny_data.parent / "stories.jsonl", "--task", "sft", "--out_dir", folder,
+               "--tokenizer", tiny_data / "tokenizer.model", "--val_fraction", 0.1)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tiny_data, tmp_path_factory):
+    """A checkpoint of train.py that reads up to 256 tokens."""
+    out = tmp_path_factory.mktemp("pretrained") / "out"
+    run_script("train.py", *tiny(data_dir=tiny_data, out_dir=out, block_size=256, max_iters=20, save_interval=20,
+                                 learning_rate=0.01, eval_interval=20))  # fmt: skip
+    return out / "ckpt_000020.pt"
+
+
+@pytest.fixture(scope="session")
+def tuned(pretrained, tiny_sft, tmp_path_factory):
+    """The folder of a run of sft.py that nothing disturbed, and what it printed in printed.txt beside it."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    (out.parent / "printed.txt").write_text(run_script(*tuning(pretrained, tiny_sft, out)).stdout)
+    return out

@@ -20,7 +20,8 @@ from device import choose_device
 from instructions import markers, read_constraints, split_list
 from model import IGNORE
 from prepare import UserError, load_tokenizer, run, usage_error
-from sample import generate
+from sample import add_sampling_options, generate, sampling_options
+from sft import ExampleFile, Settings
 from train import read_meta
 
 LABELS = {
@@ -83,18 +84,6 @@ def average(scores: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
-def held_out(folder: Path, answer: int, end: int, number: int) -> list[tuple[list[int], list[int]]]:
-    """The first `number` validation examples: the tokens up to the answer, and the answer's with its end."""
-    tokens = np.fromfile(folder / "val.bin", dtype="<u2").tolist()
-    examples, start = [], 0
-    while start < len(tokens) and len(examples) < number:
-        stop = tokens.index(end, start) + 1
-        middle = tokens.index(answer, start, stop) + 1
-        examples.append(([end, *tokens[start:middle]], tokens[middle:stop]))
-        start = stop
-    return examples
-
-
 @torch.inference_mode()
 def reference_bits(model, tokenizer, examples, batch_size: int, device) -> float:
     """Bits a character of the reference answers, given their instructions."""
@@ -117,7 +106,7 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     device, _ = choose_device(args.device)
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(device).eval()
-    tokenizer, end = load_tokenizer(checkpoint["tokenizer"], path), None
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], path)
     meta, prepared_with = read_meta(folder)
     if not isinstance(template := meta.get("template"), str):
         raise UserError(f"{folder}: holds no instructions; name a folder of prepare.py --task sft with --data")
@@ -125,29 +114,26 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
         raise UserError(f"{folder}: prepared with another tokenizer than {path}'s")
     (_, (answer,)), end = markers(template, tokenizer), tokenizer.eos_id()
     block = model.config.block_size
-    examples = held_out(folder, answer, end, args.num)
-    fitting = [(a, b) for a, b in examples if len(a) + len(b) - 1 <= block]
-    if not fitting:
-        raise UserError(f"{folder}/val.bin: none of its examples fits into the model's {block} tokens")
+    data = ExampleFile(folder / "val.bin", Settings(block_size=block), meta, answer, block)
+    examples = [tuple(map(np.ndarray.tolist, data.example(i))) for i in sorted(data.order_in_rows)[: args.num]]
     stories, scores = [], []
-    options = {"max_new_tokens": block, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    batches = range(0, len(fitting), args.batch_size)
+    # The same for every batch, or the figures would depend on its size.
+    room = block - max(len(asked) for asked, _ in examples)
+    options = sampling_options(args) | {"max_new_tokens": room}
+    del options["seed"]
+    batches = range(0, len(examples), args.batch_size)
     for first in tqdm(batches, desc=str(path), unit="batch", disable=None):
-        asked = [a for a, _ in fitting[first : first + args.batch_size]]
-        told = torch.stack(list(generate(model, asked, end_token=end, seed=args.seed + first, **options)), dim=1)
+        asked = [a for a, _ in examples[first : first + args.batch_size]]
+        told = torch.stack(list(generate(model, asked, end_token=end, **options, seed=args.seed + first)), dim=1)
         for prompt, tokens in zip(asked, told.tolist(), strict=True):
             finished = end in tokens
             story = tokenizer.decode(tokens[: tokens.index(end)] if finished else tokens)
             constraints = read_constraints(tokenizer.decode(prompt))
             stories.append(story)
             scores.append(score(constraints, story) | {"finished": float(finished)})
-    bits = reference_bits(model, tokenizer, fitting, args.batch_size, device)
-    references = average([score(None, tokenizer.decode(b)) for _, b in fitting])
-    figures = average(scores) | {
-        "bits_per_char": bits,
-        "examples": len(fitting),
-        "too_long": len(examples) - len(fitting),
-    }
+    bits = reference_bits(model, tokenizer, examples, args.batch_size, device)
+    references = average([score(None, tokenizer.decode(b)) for _, b in examples])
+    figures = average(scores) | {"bits_per_char": bits, "examples": len(examples), "too_long": data.left_out}
     return figures | {f"reference_{name}": value for name, value in references.items()}, stories
 
 
@@ -158,10 +144,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="prepared instructions (default: those of the last --ckpt)")
     parser.add_argument("--num", type=int, default=200, help="held-out instructions")
     parser.add_argument("--batch_size", type=int, default=50, help="stories told at once")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_k", type=int, default=50)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=1337)
+    add_sampling_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N stories of each")
     parser.add_argument("--json", type=Path, help="write the figures of the last checkpoint to this file")
@@ -169,6 +152,7 @@ def main() -> None:
     for key in ("num", "batch_size"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    sampling_options(args)
     folder = args.data or Path(read_checkpoint(args.ckpt[-1])["settings"].get("data_dir", ""))
     columns = []
     for path in args.ckpt:
