@@ -16,7 +16,7 @@ import torch
 
 from config import LoopSettings
 from model import GPT, ModelConfig, add_lora, merge_lora
-from prepare import UserError
+from stories.read import UserError
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -93,15 +93,9 @@ def state_to_resume(s: LoopSettings, model: GPT, parts: dict) -> dict | None:
     path, state = newest_checkpoint(out_dir) or (None, None)
     if not state:
         return None
-    for key in (
-        "block_size",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "document_mask",
-        "lora_rank",
-        "optimizer",
-        "seed",
-    ):
+    fixed = ["block_size", "batch_size", "gradient_accumulation_steps", "seed", "document_mask"]
+    fixed += ["optimizer", "weight_decay", "beta1", "beta2", "lora_rank", "lora_alpha"]
+    for key in fixed:
         now, then = getattr(s, key, None), state["settings"].get(key)
         if now != then:
             raise UserError(f"{key} = {now!r}: {path} has {then!r}; keep that")
@@ -126,7 +120,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     except (OSError, RuntimeError) as e:
         beside.unlink(missing_ok=True)
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"{path}: not saved ({reason}); older checkpoints are whole, go on with --resume=True") from e
+        raise UserError(f"{path}: not saved ({reason}); older ones are whole, go on with --resume=True") from e
 
 
 def sync_folder(folder: Path) -> None:

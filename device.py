@@ -5,22 +5,24 @@ import os
 import resource
 import shutil
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from config import LoopSettings
-from model import GPT
-from prepare import UserError
+from model import GPT, LOSS_ROWS
+from stories.read import UserError
 
 
 def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """The device and the type of the matrix products, as asked for or the best there is. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and "LOCAL_RANK" in os.environ:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":  # torchrun gives each of its processes a card by this number
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,7 +30,7 @@ def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.d
     if device is None or device.type not in ("cuda", "mps", "cpu"):
         raise UserError(f"device = {name!r}: must be auto, cuda, mps or cpu")
     if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
             raise UserError(f"device = {name!r}: PyTorch finds no such CUDA device here; try --device=cpu")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -38,7 +40,10 @@ def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.d
         return device, getattr(torch, dtype)
     if device.type == "cuda":
         return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return device, torch.bfloat16 if device.type == "cpu" else torch.float32
+    # Without instructions for it, a CPU's bfloat16 is emulated, and slow.
+    able = torch.cpu.get_capabilities()
+    fast = device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device, torch.bfloat16 if fast else torch.float32
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -64,8 +69,12 @@ def peak_memory(device: torch.device) -> int:
 def compile_model(model: torch.nn.Module, device: torch.device):
     """The model through torch.compile where that works; it shares its weights with `model`."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and not shutil.which(compiler):
-        print("no C++ compiler found: training without torch.compile, which is slower (try: apt install g++)")
+    header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions
+    if device.type != "mps" and not (shutil.which(compiler) and header.exists()):
+        print(
+            "no C++ compiler found, or Python's headers are missing: training without torch.compile, which is slower "
+            "(try: apt install g++ python3-dev)"
+        )
         return model
     return model if device.type == "mps" else torch.compile(model)
 
@@ -79,7 +88,7 @@ def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> i
     state -= 4 * matrices if settings.optimizer == "muon" else 0  # Muon keeps one moment
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
     token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
-    loss = 2048 * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
+    loss = LOSS_ROWS * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
     return state + settings.batch_size * settings.block_size * token + loss
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 
 IGNORE = -100  # a target of this value is not learned from
+LOSS_ROWS = 2048  # the logits of so many tokens are held at a time
 
 
 @dataclass
@@ -133,23 +134,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy of x @ weight.T against targets, without ever holding all the logits.
 
     The logits, (N, V), would be the largest tensor of a training step. Their gradient is known as soon
-    as they are (softmax minus one at the target), so forward makes `rows` of them at a time, turns them
+    as they are (softmax minus one at the target), so forward makes LOSS_ROWS of them at a time, turns them
     into the gradients of x and weight, and forgets them. `F.linear_cross_entropy` does the same, but
     returns the sum in the type of x: in bfloat16 a loss of 2.31 and one of 2.32 are the same number.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows=2048):
+    def forward(ctx, x, weight, targets):
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, x.size(0), rows):
-            part, target = x[start : start + rows], targets[start : start + rows, None]  # (R, C), (R, 1)
+        for start in range(0, x.size(0), LOSS_ROWS):
+            part, target = x[start : start + LOSS_ROWS], targets[start : start + LOSS_ROWS, None]  # (R, C), (R, 1)
             learned = target != IGNORE  # (R, 1)
             log_p = F.linear(part, weight).float().log_softmax(dim=-1)  # (R, V)
             total -= (log_p.gather(1, target.clamp(min=0)) * learned).sum()
             one_hot = torch.arange(weight.size(0), device=x.device) == target  # (R, V)
             grad = ((log_p.exp() - one_hot.float()) * learned).to(x.dtype)  # (R, V)
-            grad_x[start : start + rows] = grad @ weight
+            grad_x[start : start + LOSS_ROWS] = grad @ weight
             grad_weight += grad.t() @ part
         ctx.save_for_backward(grad_x, grad_weight)
         return total
@@ -157,7 +158,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_output, grad_weight * grad_output, None, None
+        return grad_x * grad_output, grad_weight * grad_output, None
 
 
 def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -217,9 +218,14 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, cache and cache[layer], positions)  # (B, T, C)
         return self.norm(x)  # (B, T, C)
 
-    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None):
-        """Without targets the logits, (B, T, V); with them, (B, T), the summed loss over those not IGNORE."""
+    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None, last=None):
+        """Without targets the logits, (B, T, V); with them, (B, T), the summed loss over those not IGNORE.
+
+        With last, (B,), the logits of that place in each row alone, (B, 1, V).
+        """
         x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
+        if last is not None:
+            x = x.gather(1, last[:, None, None].expand(-1, 1, x.size(2)))  # (B, 1, C)
         if targets is None:
             return F.linear(x, self.embedding.weight)  # (B, T, V)
         return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten())

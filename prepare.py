@@ -14,7 +14,7 @@ Writes into out_dir, which appears whole or not at all:
 
 import argparse
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import hashlib
 import io
@@ -56,6 +56,8 @@ def run(main) -> None:
         message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except KeyboardInterrupt:
         message = "interrupted"
+    except concurrent.futures.process.BrokenProcessPool:
+        message = "a worker process was killed, perhaps for want of memory; try --workers 1"
     else:
         return
     print(f"error: {message}", file=sys.stderr)
@@ -110,9 +112,9 @@ def place(story: str) -> int:
 
 
 def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
-    """The stories of a block whose place lies below the limit, by place."""
+    """The stories of a block whose place lies at the limit or above it, by place."""
     block, limit = block_and_limit
-    return {n: story for *_, story in clean_block(block, extract)[0] if (n := place(story)) < limit}
+    return {n: story for *_, story in clean_block(block, extract)[0] if (n := place(story)) >= limit}
 
 
 def encode_block(block: tuple, extract) -> tuple:
@@ -251,17 +253,18 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
             load_tokenizer(model, args.tokenizer)
         else:
             with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
-                sample, limit = {}, 2**64
+                # The sample is the stories whose place lies above a limit: at first all that are not held
+                # out. Halving the room above it whenever they grow too many leaves a fair draw from all
+                # files, whatever their order and size.
+                sample, limit = {}, int(args.val_fraction * 2**64)
                 blocks = ((block, limit) for block in read_blocks(files, extract, "reading"))
-                # Stories whose place lies below the limit are the sample. Halving the limit whenever
-                # they grow too many leaves a fair draw from all files, whatever their order and size.
                 for found in in_order(workers, sample_block, blocks, extract):
-                    sample |= {n: story for n, story in found.items() if n < limit}
+                    sample |= {n: story for n, story in found.items() if n >= limit}
                     while sum(map(len, sample.values())) > SAMPLE:
-                        limit //= 2
-                        sample = {n: story for n, story in sample.items() if n < limit}
+                        limit += (2**64 - limit) // 2
+                        sample = {n: story for n, story in sample.items() if n >= limit}
                 if not sample:
-                    raise UserError(f"{files[0]}: no stories found")
+                    raise UserError(f"{files[0]}: no stories found, or --val_fraction leaves none to train on")
                 print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
                 # In a worker, so that the memory it takes is given back.
                 texts = [sample[n] for n in sorted(sample)]

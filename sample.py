@@ -9,7 +9,6 @@ All stories are decoded as one batch with a key-value cache; the first streams t
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -62,9 +61,9 @@ def prefill(model: GPT, prompts: list[list[int]], slots: int) -> tuple:
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (B,)
     positions = torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
     cache = model.new_cache(len(prompts), slots)
-    logits = model(tokens, positions=positions, cache=cache)  # (B, T, V)
+    logits = model(tokens, positions=positions, cache=cache, last=last)[:, 0]  # (B, V)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
-    return logits[torch.arange(len(prompts), device=device), last], last, seen.scatter_(1, tokens, True), cache
+    return logits, last, seen.scatter_(1, tokens, True), cache
 
 
 @torch.inference_mode()
@@ -87,6 +86,7 @@ def generate(
     longest = max(map(len, prompts))
     slots = min(longest + max_new_tokens, model.config.block_size)
     logits, last, seen, cache = prefill(model, prompts, slots)
+    seen[:, end_token] = False  # it begins every prompt; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
     ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)
     for _ in range(slots - longest):
@@ -160,13 +160,14 @@ def main() -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--prompt", default="", help="how the stories begin")
     for name, key in NAMES.items():
-        parser.add_argument(f"--{key}", default="", help=f"instruction: {name} (a model of sft.py)")
+        parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}")
+    parser.add_argument("--instruction", default="", help="an instruction in words of your own, in place of these")
     parser.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     parser.add_argument("--num", type=int, default=3, help="stories to tell")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--interactive", action="store_true", help="keep asking for prompts")
+    parser.add_argument("--interactive", action="store_true", help="keep asking; Enter leaves one out, Ctrl-D ends")
     args = parser.parse_args()
     for key in ("num", "max_new_tokens"):
         if getattr(args, key) < 1:
@@ -182,7 +183,7 @@ def main() -> None:
 
     def show(prompt: str, constraints: dict[str, str]) -> None:
         ids = [tokenizer.eos_id()]  # a story begins where another has ended
-        if instruction := write_constraints(constraints):
+        if instruction := args.instruction or write_constraints(constraints):
             before, answer = markers(template, tokenizer)
             ids += before + tokenizer.encode(cleaned(instruction)) + answer
         ids += tokenizer.encode(cleaned(prompt))
@@ -192,7 +193,7 @@ def main() -> None:
         print(flush=True)
 
     constraints = {name: getattr(args, key) for name, key in NAMES.items()}
-    if write_constraints(constraints) and not template:
+    if (args.instruction or write_constraints(constraints)) and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
     if args.prompt_file:
         try:
@@ -202,20 +203,20 @@ def main() -> None:
     if not args.interactive:
         return show(args.prompt, constraints)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    asked = list(NAMES) if template else ["the beginning of a story"]
-    hints = sys.stderr if sys.stdin.isatty() else open(os.devnull, "w")  # noqa: SIM115 (open as long as we run)
-    print("Enter alone leaves one out; Ctrl-D ends.", file=hints)
     while True:
         answers = {}
-        for name in asked:
-            print(f"{name}: ", end="", file=hints, flush=True)
+        for name in list(NAMES) if template else ["prompt"]:
+            if sys.stdin.isatty():
+                print(f"{name}: ", end="", file=sys.stderr, flush=True)
             if not (line := sys.stdin.readline()):
-                return print(file=hints)
+                return  # Ctrl-D
             answers[name] = line.rstrip("\n")
-        if template:
-            show("", answers)
-        else:
-            show(*answers.values(), {})
+        try:
+            show(answers.pop("prompt", ""), answers)
+        except UserError as e:  # a prompt too long is no reason to stop asking
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {e}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
 class ExampleFile(TokenFile):
     """A .bin file of instructions and responses, packed into rows, in a new seeded order each epoch."""
 
-    def __init__(self, path: Path, s: Settings, meta: dict, answer: int, longest: int):
-        super().__init__(path, s.block_size, meta["vocab_size"], s.seed)
+    def __init__(self, path: Path, s: Settings, meta: dict, answer: int, longest: int, seed: int = 0):
+        super().__init__(path, s.block_size, meta["vocab_size"], seed)
         self.end_token = meta["end_token"]
         self.ends = np.flatnonzero(self.tokens == self.end_token) + 1
         self.starts = np.append(0, self.ends[:-1])
@@ -115,10 +115,11 @@ def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
     start_processes(s)
     out_dir, folder = Path(s.out_dir), Path(s.data_dir)
-    if s.merge or (s.resume and find_checkpoints(out_dir)):
-        source, checkpoint = newest_checkpoint(out_dir) or (out_dir, read_checkpoint(out_dir))
+    if s.resume and find_checkpoints(out_dir):  # all that a resumed run needs: init_from may be gone
+        source, checkpoint = newest_checkpoint(out_dir)
     else:
-        source, checkpoint = Path(s.init_from), read_checkpoint(Path(s.init_from))
+        source = out_dir if s.merge else Path(s.init_from)
+        checkpoint = read_checkpoint(source)
     model = build_model(checkpoint, source)
     if s.merge:
         names = ("model_config", "tokenizer", "template", "settings", "step")
@@ -135,7 +136,8 @@ def main() -> None:
     _, (answer,) = markers(template, load_tokenizer(tokenizer, folder))
     limit = min(s.block_size, model.config.block_size)
     train_data, val_data = (
-        ExampleFile(folder / f"{split}.bin", s, meta, answer, model.config.block_size) for split in ("train", "val")
+        ExampleFile(folder / f"{split}.bin", s, meta, answer, model.config.block_size, seed)
+        for split, seed in (("train", s.seed), ("val", 0))
     )
     for data in (train_data, val_data) if os.environ.get("RANK", "0") == "0" else ():
         print(
@@ -144,7 +146,7 @@ def main() -> None:
         )
     if s.epochs:
         s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
-    parts = {"tokenizer": tokenizer, "template": template}
+    parts = {"tokenizer": tokenizer, "template": template, "data": meta.get("train")}
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)
         parts["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}

@@ -122,9 +122,10 @@ def open_data(s: Settings) -> tuple[TokenFile, TokenFile, dict]:
     meta, tokenizer = read_meta(folder)
     end = meta["end_token"] if s.document_mask else None
     train_data, val_data = (
-        TokenFile(folder / f"{split}.bin", s.block_size, meta["vocab_size"], s.seed, end) for split in ("train", "val")
+        TokenFile(folder / f"{split}.bin", s.block_size, meta["vocab_size"], seed, end)
+        for split, seed in (("train", s.seed), ("val", 0))  # validation is the same whatever the seed
     )
-    return train_data, val_data, {"tokenizer": tokenizer}
+    return train_data, val_data, {"tokenizer": tokenizer, "data": meta.get("train")}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -145,7 +146,9 @@ def make_optimizers(model: GPT, settings: LoopSettings) -> list[torch.optim.Opti
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # the gains of RMSNorm
     ]
-    optimizers = [torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)]
+    optimizers = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True))
     if matrices:
         muon = torch.optim.Muon(matrices, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
@@ -326,8 +329,9 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+        if not scaler.is_enabled() or norm.isfinite():  # float16 overflowed: no optimizer takes this step
+            for optimizer in optimizers:
+                scaler.step(optimizer)
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -339,8 +343,11 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         if world > 1:  # the signal may have reached only some: all must stop after the same step
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         stopping = bool(stop)
-        last = step == s.max_iters or stopping
-        if step % s.log_interval == 0 or step % s.save_interval == 0 or last:
+        done = step == s.max_iters
+        due = {name: step % getattr(s, f"{name}_interval") == 0 or done for name in ("log", "eval", "save")}
+        due["sample"] = s.sample_interval and (step % s.sample_interval == 0 or done)
+        due["save"] |= stopping
+        if due["log"] or due["save"]:
             # Only here is a number read back, which makes the CPU wait for the device.
             losses, norms = torch.stack([torch.stack(pair) for pair in recent]).t().tolist()
             for i, (a, b) in enumerate(zip(losses, norms, strict=True)):
@@ -363,25 +370,28 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
                 record(line | {"peak_memory": peak_memory(device)})
                 bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{speed:,.0f}")
             recent, clock = [], time.perf_counter()
-        if step % s.eval_interval == 0 or last:
+        paused = time.perf_counter()
+        if due["eval"]:
             nats = evaluate(compiled, val_batches, loss_fn, device, autocast, rank, world)
             if rank == 0:
                 loss, bits = nats / val_tokens, nats / val_characters / math.log(2)
                 line = {"step": step, "tokens": step * tokens_a_step, "val_loss": loss}
                 record(line | {"val_perplexity": math.exp(min(loss, 700)), "val_bits_per_character": bits})
                 tqdm.write(f"step {step:,}: validation loss {loss:.4f}, {bits:.3f} bits a character")
-        if rank == 0 and s.sample_interval and (step % s.sample_interval == 0 or last):
+        if rank == 0 and due["sample"]:
+            torch.use_deterministic_algorithms(False)  # sampling has sums that CUDA cannot do so
             tqdm.write(tell(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0] + "\n")
-        if rank == 0 and (step % s.save_interval == 0 or last):
+            torch.use_deterministic_algorithms(s.deterministic)
+        if rank == 0 and due["save"]:
             save()
             saved_at = step
-        if not recent:
-            clock = time.perf_counter()  # evaluating and saving do not count as training
+        clock += time.perf_counter() - paused  # evaluating, telling and saving do not count as training
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if rank == 0 and stopping and step < s.max_iters:
-        print(f"stopped and saved at step {step}; to go on: {shlex.join(['python', *sys.argv, '--resume=True'])}")
+        python = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+        print(f"stopped and saved at step {step}; to go on: {shlex.join([*python, *sys.argv, '--resume=True'])}")
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another still saves
         dist.destroy_process_group()

@@ -31,8 +31,8 @@ class LoopSettings:
     learning_rate: float = 0.003
     min_lr: float = 0.0
     warmup_iters: int = 20
-    schedule: str = "linear"  # linear: hold, then fall over the last cooldown of the run | cosine
-    cooldown: float = 0.5
+    schedule: str = "linear"  # linear: hold, then fall over the cooldown | cosine
+    cooldown: float = 0.5  # a share of the steps after the warm-up
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

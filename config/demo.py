@@ -3,7 +3,7 @@
     python prepare.py
     python train.py config/demo.py
 
-700 steps of 4,096 tokens, a little over one epoch: about 4 minutes. Expect 0.4 bits a character.
+800 steps of 4,096 tokens, a little over one epoch: about 4 minutes. Expect 0.4 bits a character.
 """
 
 data_dir = "data/demo"
@@ -19,11 +19,11 @@ intermediate_size = 512
 document_mask = True  # short stories: without it much of a row is a story that has nothing to do with the next
 
 batch_size = 16
-max_iters = 700
+max_iters = 800
 learning_rate = 0.008
 warmup_iters = 20
 cooldown = 0.7
 
-eval_interval = 175
-sample_interval = 175
-save_interval = 175
+eval_interval = 200
+sample_interval = 200
+save_interval = 200

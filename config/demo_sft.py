@@ -13,7 +13,7 @@ out_dir = "out/demo_sft"
 block_size = 320  # two examples to a row: 99% of it is filled
 batch_size = 12
 max_iters = 700
-learning_rate = 0.012  # higher than the stories': what a story is to hold must now come from its instruction
+learning_rate = 0.01  # higher than the stories': what a story is to hold must now come from its instruction
 warmup_iters = 20
 cooldown = 0.9
 

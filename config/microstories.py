@@ -21,6 +21,7 @@ head_dim = 64
 n_embd = 512
 intermediate_size = 1664
 
+# No document_mask, which helps the demo: these rows hold more of a story, and flash attention takes no mask.
 batch_size = 64
 gradient_accumulation_steps = 4  # 64 x 4 x 512 = 131,072 tokens a step
 max_iters = 10_000

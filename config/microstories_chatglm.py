@@ -1,8 +1,12 @@
 """The shape and recipe of the original experiment, for comparison: ChatGLM's 64,789 pieces.
 
-python prepare.py --download tinystories-zh --tokenizer chatglm_tokenizer.model --out_dir data/microstories_chatglm
-python train.py config/microstories_chatglm.py
+    python prepare.py --download tinystories-zh --tokenizer chatglm_tokenizer.model --out_dir data/microstories_chatglm
+    python train.py config/microstories_chatglm.py
 
+The tokenizer is the file tokenizer.model of ChatGLM2-6B or ChatGLM3-6B on the Hugging Face hub. Three quarters
+of the 44M parameters are its embedding.
+
+Reckoned, not measured: 70 TFLOP a step, 6.9 hours at 40% of the card's 71 TFLOP/s in bfloat16, 4 GB.
 """
 
 data_dir = "data/microstories_chatglm"

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -d .venv ] || python3 -m venv .venv
+    [ -e .venv/bin/activate ] || python3 -m venv .venv
     # shellcheck disable=SC1091
     source .venv/bin/activate
 fi

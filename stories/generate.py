@@ -266,6 +266,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     plots = [p for p in read_plots() if not args.plot or args.plot in p.name or args.plot in p.where]
+    if not plots:
+        parser.error(f"no plot {args.plot!r}")
     names, animals = read_cast()
     rng = random.Random(args.seed)
     for i in range(args.show):

@@ -147,7 +147,7 @@ def test_bits_of_the_references(batch_size, tiny_sft, pretrained):
     model, nats, characters = strong(config).double(), 0.0, 0
     for prompt, response in examples:
         with torch.no_grad():
-            log_p = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
+            log_p = model(torch.tensor([prompt + response[:-1]]))[0].log_softmax(-1)
         for i, token in enumerate(response):
             nats -= log_p[len(prompt) - 1 + i, token].item()
         characters += len(tokenizer.decode(response))

@@ -197,8 +197,8 @@ class Script:
     def new_cache(self, batch, slots, dtype=None):
         return None
 
-    def __call__(self, tokens, positions=None, cache=None):
-        logits = torch.zeros(*tokens.shape, self.config.vocab_size)
+    def __call__(self, tokens, positions=None, cache=None, last=None):
+        logits = torch.zeros(len(tokens), 1, self.config.vocab_size)
         logits[:, -1, self.tokens[min(self.at, len(self.tokens) - 1)]] = 1.0
         self.at += 1
         return logits

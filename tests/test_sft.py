@@ -105,7 +105,8 @@ def open_examples(folder, split="train", block_size=256, longest=256):
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     settings_ = Settings(block_size=block_size)
-    return ExampleFile(folder / f"{split}.bin", settings_, meta, tokenizer.piece_to_id("<|assistant|>"), longest)
+    seed = settings_.seed if split == "train" else 0
+    return ExampleFile(folder / f"{split}.bin", settings_, meta, tokenizer.piece_to_id("<|assistant|>"), longest, seed)
 
 
 def strong(config, seed=5):
