@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on a laptop: make the stories and the tokens, train a small model, let it tell three
-# stories; teach it to follow instructions, let it tell three to order. On 2 CPU cores the stories take
-# about 5 minutes after the packages are there, and the instructions 4 more.
+# stories; teach it to follow instructions, let it tell two to order. On 2 CPU cores the stories take
+# about 4 minutes after the packages are there, and the instructions 4 more.
 # Run it again and it goes on where it stopped.
 source "$(dirname "$0")/setup.sh" requirements.txt
 [ -e data/demo/meta.json ] || python prepare.py
@@ -11,4 +11,4 @@ python sample.py --ckpt out/demo --num 3 --temperature 0.5
 
 [ -e data/demo_sft/meta.json ] || python prepare.py --task sft --tokenizer data/demo/tokenizer.model
 python sft.py config/demo_sft.py --resume=True
-python sample.py --ckpt out/demo_sft --words 小溪,帽子 --features 转折 --num 3 --temperature 0.5
+python sample.py --ckpt out/demo_sft --words 帽子,消防员 --num 2 --temperature 0.5
