@@ -345,9 +345,9 @@ def main() -> None:
     out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
     meta = prepare(files, out_dir, args)
     for split in ("train", "val"):
-        c = meta[split]
+        c, things = meta[split], "examples" if args.task == "sft" else "stories"
         print(
-            f"{out_dir}/{split}.bin: {c['stories']:,} stories, {c['characters']:,} characters, {c['tokens']:,} tokens "
+            f"{out_dir}/{split}.bin: {c['stories']:,} {things}, {c['characters']:,} characters, {c['tokens']:,} tokens "
             f"({c['characters'] / c['tokens']:.2f} characters a token)"
         )
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())

@@ -3,7 +3,7 @@
     python prepare.py --task sft --tokenizer data/demo/tokenizer.model
     python sft.py config/demo_sft.py
     python sft.py config/demo_sft.py --init_from=out/demo --out_dir=out/trial --lora_rank=8
-    python sft.py config/demo_sft.py --out_dir=out/trial --lora_rank=8 --merge=True
+    python sft.py config/demo_sft.py --out_dir=out/trial --merge=True
 
 The loop is `train.train`. What is new here is the data: several examples packed into a row, none of which
 sees another, and a loss on the tokens of the response alone.

@@ -146,9 +146,7 @@ def make_optimizers(model: GPT, settings: LoopSettings) -> list[torch.optim.Opti
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # the gains of RMSNorm
     ]
-    optimizers = []
-    if rest:
-        optimizers.append(torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True))
+    optimizers = [torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)] if rest else []
     if matrices:
         muon = torch.optim.Muon(matrices, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
@@ -358,16 +356,13 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
                         f"step {at}: loss {a}, gradient norm {b}; stopped; {kept} kept from before; "
                         f"try a learning_rate below {s.learning_rate}"
                     )
-            seconds = time.perf_counter() - clock
             if rank == 0:
-                speed = len(recent) * tokens_a_step / seconds
+                speed = len(recent) * tokens_a_step / (time.perf_counter() - clock)
                 line = {"step": step, "tokens": step * tokens_a_step, "loss": sum(losses) / len(losses)}
-                line |= {
-                    "learning_rate": learning_rate_at(step - 1, s),
-                    "grad_norm": norms[-1] if math.isfinite(norms[-1]) else None,
-                }
-                line |= {"tokens_per_second": speed, "mfu": speed * flops_a_step / tokens_a_step / rate}
-                record(line | {"peak_memory": peak_memory(device)})
+                line |= {"learning_rate": learning_rate_at(step - 1, s)}
+                line |= {"grad_norm": norms[-1] if math.isfinite(norms[-1]) else None, "tokens_per_second": speed}
+                line |= {"mfu": speed * flops_a_step / tokens_a_step / rate, "peak_memory": peak_memory(device)}
+                record(line)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{speed:,.0f}")
             recent, clock = [], time.perf_counter()
         paused = time.perf_counter()

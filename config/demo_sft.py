@@ -10,7 +10,7 @@ init_from = "out/demo"
 data_dir = "data/demo_sft"
 out_dir = "out/demo_sft"
 
-block_size = 320  # two examples to a row: 99% of it is filled
+block_size = 320  # two examples to a row: 98% of it is filled
 batch_size = 12
 max_iters = 700
 learning_rate = 0.01  # higher than the stories': what a story is to hold must now come from its instruction

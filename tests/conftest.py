@@ -1,16 +1,23 @@
 """What the tests share: the repository, real data where it is at hand, and a run of real commands."""
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+
+from prepare import run  # noqa: E402 (the path to it is set above)
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +44,36 @@ def assert_one_line_error(done, *words):
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
         assert str(word) in lines[0], (word, lines[0])
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Training sets signal handlers, the type of algorithms and the random state: put them back.
+
+    One thread is enough for models this small, and many on a busy machine wait for each other."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+    torch.set_rng_state(state)
+
+
+def script_here(main, *args, stdin=""):
+    """`python ARGS` in this process, which spares the seconds that PyTorch takes to start."""
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
+    sys.argv, sys.stdin, code = [str(a) for a in args], io.StringIO(stdin), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv, sys.stdin = before
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 TINY = {

@@ -9,24 +9,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_script, script_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sft import examples_in, length_of, script_here, strong
+from test_sft import examples_in, length_of, strong
 
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from model import ModelConfig
 from tools import eval as tool
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Enough for models this small; many on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # ---------------------------------------------------------------------------------------------------
 # The parts

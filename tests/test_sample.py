@@ -1,7 +1,6 @@
 """Telling stories: the same seed, whole characters, prompts of every kind, and bad input."""
 
-import contextlib
-import io
+import functools
 import os
 import pickle
 import shutil
@@ -12,24 +11,14 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, assert_one_line_error, run_script, tiny
+from conftest import ROOT, assert_one_line_error, run_script, script_here, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from model import GPT, ModelConfig
-from prepare import run
 from sample import tell
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Enough for models this small; many on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +37,7 @@ def loaded(ckpt):
     return build_model(checkpoint, ckpt), sentencepiece.SentencePieceProcessor(model_proto=checkpoint["tokenizer"])
 
 
-def sample_here(*args, stdin=""):
-    """`python sample.py ARGS` in this process, which spares the seconds that PyTorch takes to start."""
-    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
-    sys.argv, sys.stdin, code = ["sample.py", *map(str, args)], io.StringIO(stdin), 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(sample.main)
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv, sys.stdin = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+sample_here = functools.partial(script_here, sample.main, "sample.py")
 
 
 def stories(*args, **kwargs):

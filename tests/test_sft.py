@@ -1,9 +1,7 @@
 """Instruction tuning: rows, masks and losses against slow references, real runs disturbed, LoRA, and what it tells."""
 
 import collections
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -20,7 +18,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, metrics_of, run_script, tuning
+from conftest import ROOT, assert_one_line_error, metrics_of, run_script, script_here, tuning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, same, same_state, stopped_at, torchrun, wait_for_step
@@ -31,38 +29,7 @@ import train
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from config import load_settings
 from model import GPT, IGNORE, ModelConfig, add_lora, matrices_of, merge_lora
-from prepare import run
 from sft import ExampleFile, Settings, pack
-
-
-@pytest.fixture(autouse=True)
-def as_it_was():
-    """Training sets signal handlers, the type of algorithms and the random state: put them back.
-
-    One thread is enough for models this small, and many on a busy machine wait for each other."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
-    torch.set_rng_state(state)
-
-
-def script_here(main, *args, stdin=""):
-    """`python ARGS` in this process, which spares the seconds that PyTorch takes to start."""
-    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
-    sys.argv, sys.stdin, code = [str(a) for a in args], io.StringIO(stdin), 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(main)
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv, sys.stdin = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def tune_here(*paths, **changes):

@@ -1,9 +1,8 @@
 """Training against independent references, and real runs stopped, killed, resumed and fed with bad input."""
 
 import ast
-import contextlib
+import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -25,34 +24,21 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_one_line_error, metrics_of, run_script, tiny
+from conftest import ROOT, TINY, assert_one_line_error, metrics_of, run_script, script_here, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from model import GPT, IGNORE, ModelConfig
-from prepare import UserError, run
+from prepare import UserError
 from train import Settings, TokenFile, learning_rate_at
 
 SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
 MEASURED = ("tokens_per_second", "mfu", "peak_memory")  # what differs from run to run
 
 
-@pytest.fixture(autouse=True)
-def as_it_was():
-    """Training sets signal handlers, the type of algorithms and the random state: put them back.
-
-    One thread is enough for models this small, and many on a busy machine wait for each other."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
-    torch.set_rng_state(state)
+run_here = functools.partial(script_here, train.main)
 
 
 def arguments(data_dir, out_dir, **changes):
@@ -832,20 +818,6 @@ def test_resume_is_exact_when_compiled(tiny_data, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------
 # Bad input
-
-
-def run_here(*args):
-    """`python train.py ARGS` in this process, which spares the seconds that PyTorch takes to start."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [str(a) for a in args], 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(train.main)
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv = argv
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Does a model follow instructions? Figures on held-out ones, for one checkpoint or several side by side.
 
-python -m tools.eval --ckpt out/demo_sft
-python -m tools.eval --ckpt out/demo --ckpt out/demo_sft --data data/demo_sft --json figures.json
+    python -m tools.eval --ckpt out/demo_sft
+    python -m tools.eval --ckpt out/demo --ckpt out/demo_sft --data data/demo_sft --json figures.json
+
+The stories are told in batches and scored by rules; what they score is listed in LABELS.
 """
 
 import argparse
@@ -119,12 +121,12 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     stories, scores = [], []
     # The same for every batch, or the figures would depend on its size.
     room = block - max(len(asked) for asked, _ in examples)
-    options = sampling_options(args) | {"max_new_tokens": room}
-    del options["seed"]
+    options = sampling_options(args) | {"max_new_tokens": room, "end_token": end}
     batches = range(0, len(examples), args.batch_size)
     for first in tqdm(batches, desc=str(path), unit="batch", disable=None):
         asked = [a for a, _ in examples[first : first + args.batch_size]]
-        told = torch.stack(list(generate(model, asked, end_token=end, **options, seed=args.seed + first)), dim=1)
+        options["seed"] = args.seed + first  # other chances for other instructions
+        told = torch.stack(list(generate(model, asked, **options)), dim=1)  # (B, T)
         for prompt, tokens in zip(asked, told.tolist(), strict=True):
             finished = end in tokens
             story = tokenizer.decode(tokens[: tokens.index(end)] if finished else tokens)
@@ -152,7 +154,6 @@ def main() -> None:
     for key in ("num", "batch_size"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    sampling_options(args)
     folder = args.data or Path(read_checkpoint(args.ckpt[-1])["settings"].get("data_dir", ""))
     columns = []
     for path in args.ckpt:
