@@ -15,37 +15,31 @@ from pathlib import Path
 import torch
 
 from checkpoint import build_model, read_checkpoint
-from device import choose_device
+from device import choose_device, compile_model
 from instructions import NAMES, markers, write_constraints
 from model import GPT
 from prepare import UserError, clean, load_tokenizer, run, usage_error
 
 
-def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Set to -inf all but the top_k likeliest tokens, and of these all but the fewest that hold top_p.
-
-    logits: (B, V). top_k = 0 and top_p = 1.0 keep all. Nucleus: Holtzman et al. 2020, arXiv:1904.09751.
-    """
-    values, tokens = logits.sort(dim=-1, descending=True)  # (B, V), (B, V)
-    if top_k:
-        values[:, top_k:] = -torch.inf
-    p = values.softmax(dim=-1)  # (B, V)
-    values[p.cumsum(dim=-1) - p >= top_p] = -torch.inf  # what stands before a token holds top_p already
-    return torch.empty_like(logits).scatter_(1, tokens, values)  # (B, V)
-
-
 def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
-    """Draw the next token of every row, (B,), from logits, (B, V). `seen`, (B, V): what has occurred."""
+    """Draw the next token of every row, (B,), from logits, (B, V). `seen`, (B, V): what has occurred.
+
+    Only the top_k likeliest tokens (0: all) stay, and of these the fewest that hold top_p of the probability
+    (Holtzman et al. 2020, arXiv:1904.09751).
+    """
     if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalized, logits)  # (B, V)
     if temperature == 0:
         return logits.argmax(dim=-1)  # (B,)
-    p = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)  # (B, V)
+    k = min(top_k, logits.size(1)) or logits.size(1)
+    values, tokens = (logits.float() / temperature).topk(k)  # (B, k), (B, k), the likeliest first
+    p = values.softmax(dim=-1)  # (B, k)
+    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # what stands before such a token holds top_p already
     # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i]; unlike
     # torch.multinomial this does not make the CPU wait for the GPU.
-    noise = torch.empty_like(p).exponential_(generator=generator)  # (B, V)
-    return (p / noise).argmax(dim=-1)  # (B,)
+    noise = torch.empty_like(p).exponential_(generator=generator)  # (B, k)
+    return tokens.gather(1, (p / noise).argmax(dim=-1, keepdim=True))[:, 0]  # (B,)
 
 
 def prefill(model: GPT, prompts: list[list[int]], slots: int) -> tuple:
@@ -60,7 +54,7 @@ def prefill(model: GPT, prompts: list[list[int]], slots: int) -> tuple:
     )  # (B, T)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (B,)
     positions = torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
-    cache = model.new_cache(len(prompts), slots)
+    cache = model.new_cache(len(prompts), slots, model.embedding.weight.dtype)
     logits = model(tokens, positions=positions, cache=cache, last=last)[:, 0]  # (B, V)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     return logits, last, seen.scatter_(1, tokens, True), cache
@@ -77,12 +71,15 @@ def generate(
     top_p: float = 0.95,
     repetition_penalty: float = 1.0,
     seed: int = 1337,
+    compile: bool = False,
 ):
     """Continue every prompt, all as one batch. Yields the next token of each row, (B,), step by step.
 
     Prompts may differ in length but none may be empty. A row goes on as end_token once it has ended.
     Stops when all have ended, after max_new_tokens, or when the longest row fills block_size.
+    Compiling takes a while first, and then a step a half to a third of the time.
     """
+    decode = compile_model(model, model.embedding.weight.device) if compile else model
     longest = max(map(len, prompts))
     slots = min(longest + max_new_tokens, model.config.block_size)
     logits, last, seen, cache = prefill(model, prompts, slots)
@@ -99,7 +96,7 @@ def generate(
         seen.scatter_(1, token[:, None], True)
         last = last + 1
         # Decode: one token a row, the cache standing for all before it.
-        logits = model(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
+        logits = decode(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
 
 
 def tell(model, tokenizer, prompt: list[int], num: int, write=None, **options) -> list[str]:
@@ -134,6 +131,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
+    parser.add_argument("--compile", action="store_true", help="faster, after a while of compiling: for many stories")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: faster, less exact"
+    )
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -143,7 +144,9 @@ def sampling_options(args: argparse.Namespace) -> dict:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 0 and below 2**63")
     if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
-    return {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty", "seed")}
+    return {
+        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "compile")
+    }
 
 
 def cleaned(prompt: str) -> str:
@@ -175,7 +178,7 @@ def main() -> None:
     options = sampling_options(args) | {"max_new_tokens": args.max_new_tokens}
     device, _ = choose_device(args.device)
     checkpoint = read_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(device).eval()
+    model = build_model(checkpoint, args.ckpt).to(device, getattr(torch, args.dtype)).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import cut_metrics, find_checkpoints, save_checkpoint, state_to_resume
 from config import LoopSettings, load_settings
-from device import choose_device, compile_model, expected_memory, matmul_rate, peak_memory, start_processes
+from device import choose_device, compile_model, expected_memory, keep_memory, matmul_rate, peak_memory, start_processes
 from model import GPT, IGNORE, ModelConfig
 from prepare import UserError, load_tokenizer, run
 from sample import tell
@@ -221,6 +221,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(s.deterministic)
+    keep_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding errors, which takes time
 
     state = state_to_resume(s, model, parts)

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import build_model
-from model import GPT, IGNORE, ModelConfig, summed_loss
+from model import GPT, IGNORE, ModelConfig, attend, summed_loss
 from sample import choose, generate, prefill
 
 SHAPE = {"vocab_size": 97, "block_size": 40, "n_layer": 3, "n_head": 6, "n_kv_head": 2, "head_dim": 10, "n_embd": 36}
@@ -49,6 +49,34 @@ def test_logits_equal_transformers(qk_norm):
     theirs.tie_weights()
     tokens = torch.randint(0, c.vocab_size, (3, c.block_size))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "kind"), [(1, 1, None), (7, 7, None), (30, 30, "texts"), (1, 9, "cache"), (6, 9, "cache")]
+)
+def test_attention_equals_a_slow_loop_in_float64(T, S, kind):
+    torch.manual_seed(T)
+    q, k, v = (torch.randn(2, 3, n, 8).requires_grad_() for n in (T, S, S))
+    mask = None
+    if kind == "texts":
+        texts = torch.tensor([[0] * 4 + [1] * 20 + [2] * 6, [0] * 29 + [1]])
+        mask = (texts[:, :, None] == texts[:, None]).tril()[:, None]
+    elif kind == "cache":
+        mask = torch.arange(S) <= torch.tensor([3, 5])[:, None, None, None] + torch.arange(T)[:, None]
+    upstream = torch.randn(2, 3, T, 8)
+    got = attend(q, k, v, mask)
+    grads = torch.autograd.grad(got, (q, k, v), upstream)
+    ref = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = torch.zeros(2, 3, T, 8, dtype=torch.float64)
+    for b in range(2):
+        for h in range(3):
+            for t in range(T):
+                seen = [s for s in range(S) if (s <= t if mask is None else mask[b, 0, t, s])]
+                weights = torch.stack([(ref[0][b, h, t] @ ref[1][b, h, s] / 8**0.5).exp() for s in seen])
+                expected[b, h, t] = sum(w / weights.sum() * ref[2][b, h, s] for w, s in zip(weights, seen, strict=True))
+    torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
+    for a, b in zip(grads, torch.autograd.grad(expected, ref, upstream.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
 def test_counts_by_hand():
@@ -221,3 +249,23 @@ def test_build_model_restores(tmp_path):
     again = build_model({"model": model.state_dict(), "model_config": vars(model.config)}, tmp_path)
     tokens = torch.randint(0, 97, (1, 8))
     assert torch.equal(model(tokens), again(tokens))
+
+
+def test_compiled_decoding_tells_the_same():
+    model = small(block_size=64)
+    prompts = [[3, 4, 5], [7]]
+    for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 20, "seed": 3}):
+        options |= {"max_new_tokens": 24, "end_token": 0}
+        for rows in (prompts, prompts[:1]):
+            eager, compiled = (torch.stack(list(generate(model, rows, compile=c, **options))) for c in (False, True))
+            assert torch.equal(eager, compiled)
+
+
+def test_bfloat16_is_near():
+    model = small()
+    tokens = torch.randint(0, 97, (2, 20))
+    exact = model(tokens)
+    cache = model.bfloat16().new_cache(2, 20, torch.bfloat16)
+    near = model(tokens, positions=torch.arange(20).expand(2, 20), cache=cache)
+    assert near.dtype == torch.bfloat16
+    assert (near - exact).abs().max() < 0.05 * exact.abs().max()

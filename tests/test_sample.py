@@ -101,6 +101,14 @@ def test_top_k_1_and_temperature_0_are_the_likeliest(prompt, ckpt, loaded):
     assert stories(*args, "--top_p", 1e-9, "--seed", 5) == expected
 
 
+def test_compile_and_bfloat16(ckpt):
+    args = ("--ckpt", ckpt, "--temperature", 0, "--num", 1, "--max_new_tokens", 40)
+    plain = stories(*args)
+    assert stories(*args, "--compile") == plain
+    done = run_script("sample.py", *args, "--dtype", "bfloat16")
+    assert done.stdout[:5] == plain[:5] and not done.stderr
+
+
 def test_stops_where_the_model_is_full(ckpt, loaded):
     """Asked for more than block_size holds, a story fills it and no more."""
     model, tokenizer = loaded

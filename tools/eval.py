@@ -107,7 +107,7 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     """All figures of one checkpoint, and the stories it told. Raises UserError."""
     device, _ = choose_device(args.device)
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path).to(device).eval()
+    model = build_model(checkpoint, path).to(device, getattr(torch, args.dtype)).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], path)
     meta, prepared_with = read_meta(folder)
     if not isinstance(template := meta.get("template"), str):

@@ -1,0 +1,485 @@
+"""How fast, how small, how soon: this program beside its peers, in one run.
+
+    python -m tools.bench                          everything
+    python -m tools.bench train decode             parts of it: train, memory, decode, prepare, recipe
+    python -m tools.bench --json bench.json
+    python -m tools.bench recipe --stories FILE    the recipe on other stories than the embedded ones
+
+The peers are transformers and litgpt, where they are installed, and two classic recipes written out below.
+Each contender is a process of its own; they take turns, so that a slow minute of the machine hits all, and
+the median of each counts.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from device import choose_device, compile_model, keep_memory, matmul_rate, peak_memory
+from model import GPT, ModelConfig
+from prepare import UserError, run, usage_error
+from sample import generate
+from stories.generate import stories
+
+SHAPE = {"n_layer": 6, "n_head": 8, "n_kv_head": 8, "head_dim": 64, "n_embd": 512, "intermediate_size": 1408}
+LENGTH = 512  # tokens in a sequence
+SMALL, LARGE = 8_192, 65_024  # vocabularies
+NEW_TOKENS = 128
+
+# ---------------------------------------------------------------------------------------------------
+# The contenders: functions that build a model and return (model, loss of it on tokens)
+
+
+def our_model(vocab_size: int) -> GPT:
+    return GPT(ModelConfig(vocab_size=vocab_size, block_size=LENGTH, **SHAPE))
+
+
+def ours(vocab_size: int):
+    return our_model(vocab_size), lambda model, tokens: model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+
+
+def full_logits(vocab_size: int):
+    """Our model with all logits in float32 at once."""
+
+    def loss(model, tokens):
+        return F.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    return our_model(vocab_size), loss
+
+
+def llama_of_transformers(vocab_size: int):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=SHAPE["n_embd"],
+        intermediate_size=SHAPE["intermediate_size"],
+        num_hidden_layers=SHAPE["n_layer"],
+        num_attention_heads=SHAPE["n_head"],
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config), lambda model, tokens: model(tokens[:, :-1], labels=tokens[:, 1:]).loss
+
+
+def llama_of_litgpt(vocab_size: int):
+    from litgpt import GPT as LitGPT
+    from litgpt import Config
+
+    config = Config(
+        name="bench",
+        block_size=LENGTH,
+        padded_vocab_size=vocab_size,
+        n_layer=SHAPE["n_layer"],
+        n_head=SHAPE["n_head"],
+        n_embd=SHAPE["n_embd"],
+        intermediate_size=SHAPE["intermediate_size"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
+    model = LitGPT(config)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model, lambda m, tokens: F.cross_entropy(m(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class ClassicBlock(nn.Module):
+    """GPT-2's layer: LayerNorm, biases, GELU."""
+
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1, self.norm2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+        self.qkv, self.out = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd)
+        self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        x = x + self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        return x + self.mlp(self.norm2(x))  # (B, T, C)
+
+
+class ClassicGPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): learned positions, the output matrix tied to the embedding, full logits."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        n_embd = SHAPE["n_embd"]
+        self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(LENGTH, n_embd)
+        self.blocks = nn.Sequential(*(ClassicBlock(n_embd, SHAPE["n_head"]) for _ in range(SHAPE["n_layer"])))
+        self.norm = nn.LayerNorm(n_embd)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens) + self.positions.weight[: tokens.size(1)]  # (B, T, C)
+        return F.linear(self.norm(self.blocks(x)), self.tokens.weight)  # (B, T, V)
+
+
+def classic_gpt2(vocab_size: int):
+    def loss(model, tokens):
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    return ClassicGPT(vocab_size), loss
+
+
+def training_step(make, vocab_size: int, batch: int):
+    """A function that takes one step: forward, backward, AdamW, as a trainer would."""
+    if make is ours:
+        keep_memory()  # train.py does so
+    device, dtype = choose_device("auto")
+    model, loss_of = make(vocab_size)
+    model.to(device)
+    loss_of = compile_model(functools.partial(loss_of, model), device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(vocab_size, (batch, LENGTH + 1), device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+
+    return step
+
+
+def telling(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool = False):
+    """A function that continues `batch` prompts of 16 tokens by NEW_TOKENS."""
+    device, _ = choose_device("auto")
+    model, _ = make(SMALL)
+    model = model.to(device, dtype).eval()
+    prompts = torch.randint(1, SMALL - 1, (batch, 16), device=device)
+
+    def by_us():
+        options = {"max_new_tokens": NEW_TOKENS, "end_token": 0, "temperature": temperature, "top_k": 50, "top_p": 1.0}
+        told = len(list(generate(model, prompts.tolist(), compile=fast, **options)))
+        assert told == NEW_TOKENS, f"ended after {told}"
+
+    def by_transformers():
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
+        told = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW_TOKENS, eos_token_id=None, **sampling
+        )
+        assert told.size(1) == 16 + NEW_TOKENS
+
+    @torch.inference_mode()
+    def without_cache():
+        tokens = prompts
+        for _ in range(NEW_TOKENS):
+            tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+
+    return {ours: by_us, llama_of_transformers: by_transformers, classic_gpt2: without_cache}[make]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Racing them
+
+
+def contender(pipe, prepare, args) -> None:
+    """A process: builds what `prepare(*args)` gives, runs it once, then whenever told to; sends the seconds."""
+    torch.manual_seed(1)
+    try:
+        function = prepare(*args)
+    except ImportError as e:
+        return pipe.send(f"not installed ({e.name})")
+    function()
+    pipe.send("")
+    while pipe.recv():
+        start = time.perf_counter()
+        function()
+        pipe.send(time.perf_counter() - start)
+    pipe.send(peak_memory(choose_device("auto")[0]))
+
+
+def race(contenders: dict[str, tuple], rounds: int) -> dict[str, tuple[float, int]]:
+    """Seconds (the median of so many rounds) and peak memory in bytes of each, {name: (prepare, *args)}."""
+    context, pipes, seconds = multiprocessing.get_context("spawn"), {}, {}
+    bar = tqdm(contenders.items(), desc="preparing", unit="contender", leave=False, disable=None)
+    for name, (prepare, *args) in bar:
+        bar.set_postfix_str(name)
+        pipe, end = context.Pipe()
+        context.Process(target=contender, args=(end, prepare, args), daemon=True).start()
+        end.close()
+        if reason := pipe.recv():
+            tqdm.write(f"{name}: {reason}; left out")
+        else:
+            pipes[name], seconds[name] = pipe, []
+    for _ in tqdm(range(rounds), desc="racing", unit="round", leave=False, disable=None):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds[name].append(pipe.recv())
+    result = {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        result[name] = (statistics.median(seconds[name]), pipe.recv())
+    return result
+
+
+def row(name, value, unit, peer="", ratio=None, bar=None, holds=None) -> dict:
+    """One line of the table; printed as soon as it is known."""
+    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    beside = f"  {ratio:.2f}x {peer}" if ratio is not None else ""
+    verdict = "" if bar is None else f"  (bar {bar:g}: {'holds' if holds else 'does not hold'})"
+    tqdm.write(f"{name:64}{number:>12} {unit:24}{beside}{verdict}")
+    return {"name": name, "value": value, "unit": unit, "peer": peer, "ratio": ratio, "bar": bar, "holds": holds}
+
+
+def against_peers(name: str, unit: str, rates: dict[str, float], bar: float) -> list[dict]:
+    """A row for each contender; "this" is compared with the fastest of the others."""
+    peers = {peer: rate for peer, rate in rates.items() if peer != "this"}
+    rows = [row(f"{name}, {peer}", rate, unit) for peer, rate in peers.items()]
+    best = max(peers, key=peers.get)
+    ratio = rates["this"] / peers[best]
+    return [*rows, row(name, rates["this"], unit, best, ratio, bar, ratio >= bar)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The parts
+
+
+def bench_train(args, folder: Path) -> list[dict]:
+    rows, batch = [], 8
+    makers = {"transformers": llama_of_transformers, "litgpt": llama_of_litgpt, "classic GPT-2": classic_gpt2}
+    for vocab_size, bar in ((SMALL, 1.25), (LARGE, 1.5)):
+        contenders = {name: (training_step, make, vocab_size, batch) for name, make in {"this": ours, **makers}.items()}
+        times = race(contenders, args.rounds)
+        rates = {name: batch * LENGTH / seconds for name, (seconds, _) in times.items()}
+        rows += against_peers(f"training, vocabulary {vocab_size:,}", "tokens a second", rates, bar)
+        if vocab_size == SMALL:
+            device, dtype = choose_device("auto")
+            peak = max(matmul_rate(device, dtype) for _ in range(5))
+            used = rates["this"] * our_model(vocab_size).flops_per_token(LENGTH) / peak
+            rows += [
+                row("matrix products", peak / 1e12, "TFLOP/s"),
+                row("MFU", used, "of that", bar=0.45, holds=used >= 0.45),
+            ]
+    for _ in range(2):  # the first fills the compiler's cache
+        seconds = time_to_first_step(folder / "first")
+    return [*rows, row("python train.py to its first step, cached", seconds, "seconds", bar=10, holds=seconds <= 10)]
+
+
+def time_to_first_step(out_dir: Path) -> float:
+    prepare_demo()
+    start, metrics = time.perf_counter(), out_dir / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    options = ["--max_iters=1", "--log_interval=1", "--eval_blocks=1", "--sample_interval=0", "--save_interval=1000"]
+    command = [sys.executable, "train.py", "config/demo.py", f"--out_dir={out_dir}", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    seconds = time.perf_counter() - start
+    if process.wait():
+        raise UserError(f"{' '.join(command)}: failed")
+    for checkpoint in out_dir.glob("*.pt"):
+        checkpoint.unlink()
+    return seconds
+
+
+def bench_memory(args, folder: Path) -> list[dict]:
+    """Peak memory of a step with a large vocabulary. One after the other: both at once might not fit."""
+    peaks = {}
+    for name, make in (("this", ours), ("full float32 logits", full_logits)):
+        peaks[name] = race({name: (training_step, make, LARGE, 32)}, 1)[name][1] / 2**30
+    title = f"peak memory, vocabulary {LARGE:,}, batch 32 x {LENGTH}"
+    (peer, theirs), ratio = list(peaks.items())[1], peaks["this"] / peaks["full float32 logits"]
+    rows = [row(f"{title}, {peer}", theirs, "GiB")]
+    return [*rows, row(title, peaks["this"], "GiB", peer, ratio, 0.4, ratio <= 0.4)]
+
+
+def bench_decode(args, folder: Path) -> list[dict]:
+    numbers = torch.randn(1 << 28)  # 1 GiB
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    rate = numbers.numel() * 4 / best
+    rows = [row("reading memory", rate / 1e9, "GB/s")]
+    del numbers
+    weights = our_model(SMALL).count_parameters()
+    for batch in (1, 16, 64):
+        for temperature in (0.0, 0.8) if batch == 1 else (0.8,):
+            contenders = {"this": (telling, ours, batch, temperature, torch.float32)}
+            contenders["this, --compile"] = (telling, ours, batch, temperature, torch.float32, True)
+            contenders["this, --compile --dtype bfloat16"] = (telling, ours, batch, temperature, torch.bfloat16, True)
+            contenders["transformers"] = (telling, llama_of_transformers, batch, temperature, torch.float32)
+            contenders["transformers, bfloat16"] = (telling, llama_of_transformers, batch, temperature, torch.bfloat16)
+            if batch == 1 and not temperature:
+                contenders["classic GPT-2 without a cache"] = (telling, classic_gpt2, batch, 0.0, torch.float32)
+            times = race(contenders, args.rounds)
+            rates = {name: batch * NEW_TOKENS / seconds for name, (seconds, _) in times.items()}
+            title = f"generation, batch {batch}, {'sampled' if temperature else 'greedy'}"
+            for name, peer in ((n, p) for n in rates if n.startswith("this") for p in ("transformers",) if p in rates):
+                peer += ", bfloat16" if name.endswith("bfloat16") else ""
+                ratio = rates[name] / rates[peer]
+                rows.append(row(f"{title}, {name}", rates[name], "tokens a second", peer, ratio, 3, ratio >= 3))
+            rows += [row(f"{title}, {n}", rates[n], "tokens a second") for n in rates if not n.startswith("this")]
+            if batch == 1:
+                share = rates["this, --compile"] * weights * 4 / rate
+                rows.append(row(f"{title}: of the memory limit", share, "", bar=0.6, holds=share >= 0.6))
+    return rows
+
+
+def write_stories(path: Path, size: int) -> int:
+    """Distinct stories until the file has `size` bytes, each as a line with story_zh. Returns the characters."""
+    characters, texts = 0, [story["story_zh"] for story in stories(24_000)]
+    with open(path, "w", encoding="utf-8") as f:
+        number = 0
+        while f.tell() < size:
+            for text in texts:
+                half = text.index("。") + 1
+                told = f"{text[:half]}那是第{number}天。{text[half:]}"
+                characters += len(told)
+                f.write(json.dumps({"story_zh": told}, ensure_ascii=False) + "\n")
+                number += 1
+    return characters
+
+
+def memory_of_all(process: subprocess.Popen) -> int:
+    """The most bytes that a process and its children held at once (proportional set size), as it ran."""
+    most = 0
+    while process.poll() is None:
+        total, family = 0, [process.pid]
+        for pid in family:
+            try:
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except OSError:  # it has just ended
+                continue
+            family += map(int, children)
+            total += int(rollup.split("\nPss:")[1].split()[0]) * 1024 if "\nPss:" in rollup else 0
+        most = max(most, total)
+        time.sleep(0.05)
+    return most
+
+
+def bench_prepare(args, folder: Path) -> list[dict]:
+    prepare_demo()
+    rows, peaks, command = [], [], [sys.executable, "prepare.py", "--tokenizer", "data/demo/tokenizer.model"]
+    for megabytes in args.megabytes:
+        characters = write_stories(folder / "stories.jsonl", megabytes * 1_000_000)
+        times = []
+        for i in range(3 if megabytes <= 200 else 1):
+            start = time.perf_counter()
+            paths = [folder / "stories.jsonl", "--out_dir", folder / f"prepared{megabytes}_{i}"]
+            process = subprocess.Popen([*command, *map(str, paths)], stdout=subprocess.DEVNULL)
+            peak = memory_of_all(process)
+            if process.wait():
+                raise UserError(f"{' '.join(process.args)}: failed")
+            times.append(time.perf_counter() - start)
+        speed = characters / statistics.median(times) / 1e6
+        title = f"prepare, {megabytes:,} MB"
+        rows.append(row(title, speed, "M characters a second", bar=8, holds=speed >= 8))
+        peaks.append(peak / 2**30)
+        rows.append(row(f"{title}, memory of all processes", peaks[-1], "GiB", "the first", peaks[-1] / peaks[0]))
+    if args.megabytes[0] <= 200 and (speed := speed_of_tokenizers(folder)):
+        rows.append(row("encoding alone, the tokenizers package", speed, "M characters a second"))
+    return rows
+
+
+def speed_of_tokenizers(folder: Path) -> float | None:
+    """M characters a second of Hugging Face's BPE on all cores, the text in memory already."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        return None
+    texts = [story["story_zh"] for story in stories(24_000)]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Punctuation()  # without it each story is one long word
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=SMALL, show_progress=False))
+    start = time.perf_counter()
+    tokenizer.encode_batch(texts)
+    return sum(map(len, texts)) / (time.perf_counter() - start) / 1e6
+
+
+def bench_recipe(args, folder: Path) -> list[dict]:
+    """How few of its tokens our recipe needs to end where another ends. Each run has its own full schedule."""
+    data = "data/demo"
+    if args.stories:
+        data = str(folder / "data")
+        options = ["--out_dir", data, "--vocab_size", "4096", "--val_fraction", "0.05"]
+        subprocess.run([sys.executable, "prepare.py", *map(str, args.stories), *options], check=True)
+    else:
+        prepare_demo()
+
+    @functools.cache
+    def ends_on(share: float, *options: str) -> float:
+        """The validation loss of a run of so many of the steps."""
+        out_dir = folder / f"recipe_{share}_{len(list(folder.iterdir()))}"
+        steps = round(args.steps * share)
+        command = [sys.executable, "train.py", "config/demo.py", f"--data_dir={data}", f"--out_dir={out_dir}"]
+        command += [f"--max_iters={steps}", "--eval_interval=100000", "--sample_interval=0", "--save_interval=100000"]
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+        lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+        loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+        tqdm.write(f"  {steps} steps, {' '.join(options) or 'ours'}: validation loss {loss:.3f}")
+        return loss
+
+    adamw = ["--optimizer=adamw", "--weight_decay=0.1", "--beta2=0.95", "--schedule=cosine"]
+    adamw += [f"--warmup_iters={args.steps // 10}"]
+    rates = ("0.0005", "0.001", "0.003", "0.01")
+    losses = {rate: ends_on(1.0, *adamw, f"--learning_rate={rate}") for rate in rates}
+    best, rows = min(losses, key=losses.get), []
+    for rate, bar in ((rates[0], 0.2), (best, 0.4)):
+        shares = (share for share in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0) if ends_on(share) <= losses[rate])
+        share = next(shares, float("inf"))
+        title = f"tokens to AdamW's validation loss, {Path(data).name}"
+        rows.append(row(title, share * args.steps * 4096, "tokens", f"AdamW {rate}", share, bar, share <= bar))
+    return rows
+
+
+def prepare_demo() -> None:
+    """data/demo, which several parts use."""
+    if not Path("data/demo/meta.json").exists():
+        subprocess.run([sys.executable, "prepare.py"], check=True, stdout=subprocess.DEVNULL)
+
+
+PARTS = {
+    "train": bench_train,
+    "memory": bench_memory,
+    "decode": bench_decode,
+    "prepare": bench_prepare,
+    "recipe": bench_recipe,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure this program beside its peers.", allow_abbrev=False)
+    parser.error = usage_error
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each contender")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the runs that the recipe is compared with")
+    parser.add_argument("--stories", type=Path, nargs="+", help="story files for the recipe in place of the corpus")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 400], help="sizes of prepare's input")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        raise UserError(f"{unknown.pop()!r}: no part; the parts are {', '.join(PARTS)}")
+    if args.rounds < 1 or args.steps < 20 or min(args.megabytes) < 1:
+        raise UserError("--rounds and --megabytes must be at least 1, --steps at least 20")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.parts or PARTS:
+            rows += PARTS[name](args, Path(folder))
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
