@@ -116,12 +116,14 @@ class Attention(nn.Module):
                 v.transpose(1, 2),
             )  # (B, T, K, D)
             k, v = cache  # (B, K, S, D) each
-        if x.is_cpu or (cache is None and mask is not None):  # no fused CUDA kernel takes a mask and shared heads
+        shared = q.size(1) != k.size(1)
+        if shared and (x.is_cpu or (cache is None and mask is not None)):
+            # No fused CUDA kernel takes both a mask and shared heads.
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
+            shared = False
         if x.is_cpu:
             y = attend(q, k, v, mask)  # (B, H, T, D)
         else:
-            shared = q.size(1) != k.size(1)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
