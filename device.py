@@ -107,6 +107,8 @@ def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> i
     state -= 4 * matrices if settings.optimizer == "muon" else 0  # Muon keeps one moment
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
     token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
+    if model.embedding.weight.is_cpu:  # what `attend` keeps: five eighths of all the attention weights
+        token += c.n_layer * c.n_head * settings.block_size * size * 5 // 8
     loss = LOSS_ROWS * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
     return state + settings.batch_size * settings.block_size * token + loss
 

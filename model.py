@@ -75,13 +75,13 @@ def attend(q, k, v, mask=None):
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
     blocks, size = [], math.ceil(T / 4)
-    for start in range(0, T, size):
-        end = start + size if S == T else S  # with a cache, what may be seen is known to the mask alone
-        scores = (q[:, :, start : start + size] * q.size(3) ** -0.5) @ k[:, :, :end].transpose(
-            2, 3
-        )  # (B, H, size, end)
-        scores = scores.float().masked_fill(~mask[..., start : start + size, :end], -torch.inf)
-        blocks.append(scores.softmax(dim=-1).to(v.dtype) @ v[:, :, :end])  # (B, H, size, D)
+    with torch.autocast(q.device.type, enabled=False):  # it would have the probabilities kept in float32
+        for start in range(0, T, size):
+            here = slice(start, start + size)
+            end = start + size if S == T else S  # with a cache, what may be seen is known to the mask alone
+            scores = (q[:, :, here] * q.size(3) ** -0.5) @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
+            scores = scores.masked_fill(~mask[..., here, :end], -torch.inf)  # (B, H, size, end)
+            blocks.append(scores.softmax(dim=-1) @ v[:, :, :end])  # (B, H, size, D)
     return torch.cat(blocks, dim=2)  # (B, H, T, D)
 
 
