@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from config import LoopSettings
-from model import GPT, ModelConfig, add_lora, merge_lora
+from lora import add_lora, merge_lora
+from model import GPT, ModelConfig
 from stories.read import UserError
 
 

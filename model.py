@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.nn.utils.parametrize as parametrize
 
 IGNORE = -100  # a target of this value is not learned from
 LOSS_ROWS = 1024  # the logits of so many tokens are held at a time
@@ -276,41 +275,3 @@ class GPT(nn.Module):
         c = self.config
         weights = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         return 6 * weights + 6 * c.n_layer * length * c.n_head * c.head_dim
-
-
-# ---------------------------------------------------------------------------------------------------
-# LoRA
-
-
-class LowRank(nn.Module):
-    """A frozen matrix W stands as W + (alpha / rank) B A, of which only B and A learn.
-
-    LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3). B begins as zero, and so W as it was.
-    """
-
-    def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
-        super().__init__()
-        self.scale = alpha / rank
-        self.A = nn.Parameter(torch.randn(rank, weight.size(1)) / math.sqrt(rank))
-        self.B = nn.Parameter(torch.zeros(weight.size(0), rank))
-
-    def forward(self, weight):
-        return weight + self.scale * (self.B @ self.A)  # (out, in)
-
-
-def matrices_of(model: GPT) -> list[nn.Linear]:
-    """The matrices of attention and SwiGLU, which LoRA adapts."""
-    return [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-
-
-def add_lora(model: GPT, rank: int, alpha: float) -> None:
-    """Freeze the model and give each matrix of its blocks an adapter of this rank."""
-    model.requires_grad_(False)
-    for linear in matrices_of(model):
-        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha))
-
-
-def merge_lora(model: GPT) -> None:
-    """Add the adapters into the matrices they adapt: the model is then an ordinary one again."""
-    for linear in matrices_of(model):
-        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)

@@ -22,7 +22,8 @@ from checkpoint import build_model, find_checkpoints, newest_checkpoint, read_ch
 from config import LoopSettings, load_settings
 from device import start_processes
 from instructions import markers
-from model import IGNORE, add_lora
+from lora import add_lora
+from model import IGNORE
 from prepare import UserError, load_tokenizer, run
 from train import TokenFile, read_meta, train
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on a laptop: make the stories and the tokens, train a small model, let it tell three
 # stories; teach it to follow instructions, let it tell two to order. On 2 CPU cores the stories take
-# about 4 minutes after the packages are there, and the instructions 4 more.
+# about 3 minutes after the packages are there, and the instructions 5 more.
 # Run it again and it goes on where it stopped.
 source "$(dirname "$0")/setup.sh" requirements.txt
 [ -e data/demo/meta.json ] || python prepare.py

@@ -28,7 +28,8 @@ import sft
 import train
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from config import load_settings
-from model import GPT, IGNORE, ModelConfig, add_lora, matrices_of, merge_lora
+from lora import add_lora, matrices_of, merge_lora
+from model import GPT, IGNORE, ModelConfig
 from sft import ExampleFile, Settings, pack
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -1057,3 +1058,19 @@ def test_full_disk_keeps_the_checkpoints_before(tiny_data, tmp_path):
         assert read_checkpoint(disk / "out")["step"] == 8
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_freed_memory_is_kept():
+    """A large tensor made again and again gets its pages from the system once, not each time."""
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc's allocator is told to keep memory")
+    code = """
+import resource, sys, torch, device
+if sys.argv[1] == "keep":
+    device.keep_memory()
+for _ in range(20):
+    torch.zeros(1 << 24).add_(1)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    kept, returned = (int(run_script("-c", code, how).stdout) for how in ("keep", "return"))
+    assert returned - kept > 10 * (1 << 26) / 4096  # of 19 times, in pages of 4 KiB
