@@ -110,10 +110,8 @@ class Attention(nn.Module):
             # The cache has a slot for every position, so its shape never changes: new keys and values
             # are written at their own positions, and the mask hides the slots not reached yet.
             row = torch.arange(B, device=x.device)[:, None]  # (B, 1)
-            cache[0][row, :, positions], cache[1][row, :, positions] = (
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-            )  # (B, T, K, D)
+            cache[0][row, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
+            cache[1][row, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
             k, v = cache  # (B, K, S, D) each
         shared = q.size(1) != k.size(1)
         if shared and (x.is_cpu or (cache is None and mask is not None)):

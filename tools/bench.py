@@ -11,6 +11,7 @@ the median of each counts.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -361,18 +362,19 @@ def write_stories(path: Path, size: int) -> int:
 
 
 def memory_of_all(process: subprocess.Popen) -> int:
-    """The most bytes that a process and its children held at once (proportional set size), as it ran."""
+    """The most bytes that a process and its children held at once (proportional set size), as it ran; on Linux."""
     most = 0
     while process.poll() is None:
-        total, family = 0, [process.pid]
+        parents, family, total = {}, {process.pid}, 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        while children := {pid for pid, parent in parents.items() if parent in family} - family:
+            family |= children
         for pid in family:
-            try:
-                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            with contextlib.suppress(OSError, IndexError):
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except OSError:  # it has just ended
-                continue
-            family += map(int, children)
-            total += int(rollup.split("\nPss:")[1].split()[0]) * 1024 if "\nPss:" in rollup else 0
+                total += int(rollup.split("\nPss:")[1].split()[0]) * 1024
         most = max(most, total)
         time.sleep(0.05)
     return most
