@@ -115,7 +115,7 @@ class Attention(nn.Module):
             k, v = cache  # (B, K, S, D) each
         shared = q.size(1) != k.size(1)
         if shared and (x.is_cpu or (cache is None and mask is not None)):
-            # No fused CUDA kernel takes both a mask and shared heads.
+            # `attend` knows no shared heads, and no fused CUDA kernel takes them together with a mask.
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
             shared = False
         if x.is_cpu:
