@@ -100,21 +100,18 @@ def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collectio
     return kept, dropped
 
 
-def digest(*texts: str) -> bytes:
-    """16 bytes that stand for a text or a pair of them."""
+def digest(*texts: str) -> int:
+    """A number below 2**64, as if drawn at random, that never changes for a text, or a pair: it tells duplicates,
+    and decides the split. (That any two of 4 million texts share one has a chance of 1 in 2 million.)"""
     lengths = [str(len(text)) for text in texts[:-1]]  # where one ends and the next begins
-    return hashlib.blake2b("".join([*lengths, *texts]).encode(), digest_size=16, key=b"split 1337").digest()
-
-
-def place(story: str) -> int:
-    """A number below 2**64, as if drawn at random, that never changes for a story: it decides the split."""
-    return int.from_bytes(digest(story)[:8], "big")
+    hashed = hashlib.blake2b("".join([*lengths, *texts]).encode(), digest_size=16, key=b"split 1337").digest()
+    return int.from_bytes(hashed[:8], "big")
 
 
 def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
-    """The stories of a block whose place lies at the limit or above it, by place."""
+    """The stories of a block whose digest lies at the limit or above it, by digest."""
     block, limit = block_and_limit
-    return {n: story for *_, story in clean_block(block, extract)[0] if (n := place(story)) >= limit}
+    return {n: story for *_, story in clean_block(block, extract)[0] if (n := digest(story)) >= limit}
 
 
 def encode_block(block: tuple, extract) -> tuple:
@@ -128,8 +125,8 @@ def encode_block(block: tuple, extract) -> tuple:
         (len(i), sum(map(len, t)), sum(len(part.encode()) for part in t)) for i, t in zip(ids, texts, strict=True)
     ]
     return (
-        [digest(*t) for t in texts],
-        np.array([place(t[-1]) for t in texts], dtype=np.uint64),
+        np.array([digest(*t) for t in texts], dtype=np.uint64),
+        np.array([digest(t[-1]) for t in texts], dtype=np.uint64),
         np.array(lengths, dtype=np.int64).reshape(-1, 3),
         np.fromiter(flat(ids), dtype=np.uint16),
         dropped,
@@ -214,15 +211,19 @@ def write_bins(results, folder: Path, val_fraction: float) -> dict:
     """Write the encoded stories to train.bin and val.bin, each story once; return the counts."""
     border = np.uint64(val_fraction * 2**64)
     counts = {split: np.zeros(4, dtype=np.int64) for split in ("train", "val")}
-    dropped, seen = collections.Counter(), set()
+    dropped, seen = collections.Counter(), []  # the digests so far, in sorted arrays: a set would take 15 times as much
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for digests, places, sizes, tokens, block_dropped in results:
             dropped += block_dropped
+            found, first = np.unique(digests, return_index=True)
+            known = np.zeros(len(found), dtype=bool)
+            for past in seen:
+                known |= past[np.searchsorted(past, found).clip(max=len(past) - 1)] == found
             new = np.zeros(len(digests), dtype=bool)
-            for i, d in enumerate(digests):
-                if d not in seen:
-                    seen.add(d)
-                    new[i] = True
+            new[first[~known]] = True
+            seen += [found[~known]] if new.any() else []
+            while len(seen) > 1 and len(seen[-2]) < 2 * len(seen[-1]):  # so there are never many of them
+                seen.append(np.sort(np.concatenate((seen.pop(), seen.pop()))))
             dropped["duplicate"] += int((~new).sum())
             in_val = places < border
             for split, file, chosen in (("train", train, new & ~in_val), ("val", val, new & in_val)):
@@ -253,7 +254,7 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
             load_tokenizer(model, args.tokenizer)
         else:
             with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
-                # The sample is the stories whose place lies above a limit: at first all that are not held
+                # The sample is the stories whose digest lies above a limit: at first all that are not held
                 # out. Halving the room above it whenever they grow too many leaves a fair draw from all
                 # files, whatever their order and size.
                 sample, limit = {}, int(args.val_fraction * 2**64)
