@@ -77,7 +77,7 @@ def generate(
 
     Prompts may differ in length but none may be empty. A row goes on as end_token once it has ended.
     Stops when all have ended, after max_new_tokens, or when the longest row fills block_size.
-    Compiling takes a while first, and then a step a half to a third of the time.
+    Compiling takes some ten seconds first; a single row then takes a third of the time.
     """
     decode = compile_model(model, model.embedding.weight.device) if compile else model
     longest = max(map(len, prompts))
@@ -131,7 +131,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
-    parser.add_argument("--compile", action="store_true", help="faster, after a while of compiling: for many stories")
+    parser.add_argument("--compile", action="store_true", help="compile first: one story at a time is then faster")
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: faster, less exact"
     )
