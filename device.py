@@ -86,7 +86,7 @@ def compile_model(model: torch.nn.Module, device: torch.device):
     header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions
     if device.type != "mps" and not (shutil.which(compiler) and header.exists()):
         print(
-            "no C++ compiler found, or Python's headers are missing: training without torch.compile, which is slower "
+            "no C++ compiler found, or Python's headers are missing: going on without torch.compile, which is slower "
             "(try: apt install g++ python3-dev)"
         )
         return model

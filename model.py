@@ -67,6 +67,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v over the keys that mask, (B, 1, T, S), lets a query see, or all up to its own.
 
+    q: (B, H, T, D), k and v: (B, H, S, D). Returns (B, H, T, D).
     What `F.scaled_dot_product_attention` computes, for CPUs, where its backward pass takes three times as long.
     Four blocks of queries, each with the keys up to its end: most of what no token may see is never computed.
     """
@@ -103,7 +104,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        # Norm and rotation in float32, whatever autocast made of the products before and after them.
+        # Norm and rotation in the type of the angles: float32, whatever autocast made of the products around
+        # them, or bfloat16 if all of the model is.
         q = rotate(self.q_norm(q.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, H, T, D)
         k = rotate(self.k_norm(k.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, K, T, D)
         if cache is not None:

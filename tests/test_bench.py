@@ -66,11 +66,8 @@ def test_contenders_take_turns(tmp_path, capsys):
     contenders = {"slow": (waiting, 0.2, log), "absent": (not_here,), "fast": (waiting, 0.01, log)}
     result = bench.race(contenders, rounds=3)
     assert list(result) == ["slow", "fast"] and "nowhere" in capsys.readouterr().out
-    assert result["slow"][0] > result["fast"][0] > 0 and result["fast"][1] > 1e6
-    assert (tmp_path / "log").read_text().split() == ["0.2", "0.01"] + [
-        "0.2",
-        "0.01",
-    ] * 3  # once to warm up, then in turn
+    assert result["slow"][0] >= 0.2 and result["fast"][0] >= 0.01 and result["fast"][1] > 1e6
+    assert (tmp_path / "log").read_text().split() == ["0.2", "0.01"] * 4  # once to warm up, then in turn
 
 
 def test_rows(tmp_path):
