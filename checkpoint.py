@@ -5,9 +5,9 @@ With the optimizer, the step and the settings beside them it also resumes. Nothi
 
 import dataclasses
 import json
-import os
 import pickle
 import re
+import reprlib
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from config import LoopSettings
+from disk import replacing
 from lora import add_lora, merge_lora
 from model import GPT, ModelConfig
 from stories.read import UserError
@@ -40,6 +41,9 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: no such file or folder")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            parts = archive.infolist()
+            if any(part.compress_type for part in parts) or sum(p.file_size for p in parts) > path.stat().st_size:
+                raise ValueError("compressed parts, or parts that overlap")  # a small file that fills the memory
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -52,6 +56,8 @@ def read_checkpoint(path: Path) -> dict:
     for name, kind in parts.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
             raise UserError(f"{path}: not a checkpoint of this program ({name!r} is missing or no {kind.__name__})")
+    if checkpoint["step"] < 0:
+        raise UserError(f"{path}: not a checkpoint of this program (step {checkpoint['step']})")
     return checkpoint
 
 
@@ -62,9 +68,17 @@ def build_model(checkpoint: dict, path: Path) -> GPT:
         layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
         if len(layers) != config.n_layer:
             raise ValueError(f"{config.n_layer} layers are told of, but {len(layers)} are there")
-        model = GPT(config)
-        if lora := checkpoint.get("lora"):
-            add_lora(model, lora["rank"], lora["alpha"])
+        lora = checkpoint.get("lora")
+        # First without memory ("meta"): the shape told of may be too large for any machine, the weights are not.
+        for device in ("meta", "cpu"):
+            with torch.device(device):
+                model = GPT(config)
+                if lora:
+                    add_lora(model, lora["rank"], lora["alpha"])
+            for name, weight in model.state_dict().items():
+                there = checkpoint["model"][name]
+                if there.shape != weight.shape or there.dtype != torch.float32 or not there.is_contiguous():
+                    raise ValueError(f"{name} is no float32 tensor of {tuple(weight.shape)}")
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as e:
         raise UserError(f"{path}: weights and shape do not fit ({str(e).splitlines()[0]})") from None
@@ -99,7 +113,7 @@ def state_to_resume(s: LoopSettings, model: GPT, parts: dict) -> dict | None:
     for key in fixed:
         now, then = getattr(s, key, None), state["settings"].get(key)
         if now != then:
-            raise UserError(f"{key} = {now!r}: {path} has {then!r}; keep that")
+            raise UserError(f"{key} = {now!r}: {path} has {reprlib.repr(then)}; keep that")
     if state["model_config"] != dataclasses.asdict(model.config):
         raise UserError(f"{path}: the model there has another shape or vocabulary; choose another out_dir")
     for name, part in parts.items():
@@ -108,34 +122,41 @@ def state_to_resume(s: LoopSettings, model: GPT, parts: dict) -> dict | None:
     return state
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Give an optimizer the moments of a checkpoint, but nothing else that its file tells. Raises ValueError."""
+    own = optimizer.state_dict()["param_groups"]
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for i, p in enumerate(learned if saved["state"] else ()):  # float16 may have skipped all steps so far
+        moments = saved["state"].get(i)
+        if not isinstance(moments, dict) or moments.keys() != names:
+            raise ValueError(f"no moments of weight {i}")
+        for name, value in moments.items():
+            if value.shape != (() if name == "step" else p.shape):
+                raise ValueError(f"{name} of weight {i} has another shape")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write beside, flush to the disk, rename: at every moment a complete checkpoint exists."""
-    beside = path.with_name("ckpt.tmp")
+    """Write a checkpoint; at every moment a complete one exists. Raises UserError."""
     try:
-        with open(beside, "wb") as f:
+        with replacing(path) as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as e:
-        beside.unlink(missing_ok=True)
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"{path}: not saved ({reason}); older ones are whole, go on with --resume=True") from e
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, so that the curve of a resumed run never doubles back."""
+    """Drop the lines after `step`, so that the curve of a resumed run never doubles back, and what is no line."""
+
+    def belongs(line: bytes) -> bool:
+        try:
+            return line.endswith(b"}\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(whole), encoding="utf-8")
-        os.replace(beside, path)
+        lines = path.read_bytes().splitlines(keepends=True)
+        with replacing(path) as f:
+            f.writelines(filter(belongs, lines))

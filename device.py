@@ -1,6 +1,8 @@
 """The machine: which device and number type to use, whether to compile, how fast and how full it is."""
 
+import contextlib
 import ctypes
+import datetime
 import math
 import os
 import resource
@@ -15,8 +17,11 @@ import torch._inductor.config
 import torch.distributed as dist
 
 from config import LoopSettings
+from disk import locked
 from model import GPT, LOSS_ROWS
 from stories.read import UserError
+
+PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for the others
 
 
 def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -113,9 +118,24 @@ def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> i
     return state + settings.batch_size * settings.block_size * token + loss
 
 
-def start_processes(s: LoopSettings) -> None:
-    """Join the other processes that torchrun started, if it did; then set the seed."""
+@contextlib.contextmanager
+def processes(s: LoopSettings):
+    """Run the body as one of the processes that torchrun started, or as the only one: with out_dir to itself."""
     if "RANK" in os.environ:
         device, _ = choose_device(s.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     torch.manual_seed(s.seed)
+    out_dir, first = Path(s.out_dir), os.environ.get("RANK", "0") == "0"
+    with locked(out_dir / "lock", out_dir) if first else contextlib.nullcontext():
+        yield
+        if dist.is_initialized():
+            all_reduce(torch.zeros(1))  # nobody leaves while another still saves
+            dist.destroy_process_group()
+
+
+def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
+    """dist.all_reduce, in place. Raises UserError when one of the other processes has ended, or hangs."""
+    try:
+        dist.all_reduce(tensor, op)
+    except RuntimeError:
+        raise UserError("another process of this run has ended or hangs; go on with --resume=True") from None

@@ -44,6 +44,8 @@ class ModelConfig:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of numbers")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta ({self.rope_theta}) must be above 0")
+        if self.block_size > 1 << 20:
+            raise ValueError(f"block_size ({self.block_size}) must be at most {1 << 20}")
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from disk import locked, replacing, sync_folder
 from instructions import CONTROL, NAMES, examples_of, markers, template_for
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
@@ -58,6 +59,10 @@ def run(main) -> None:
         message = "interrupted"
     except concurrent.futures.process.BrokenProcessPool:
         message = "a worker process was killed, perhaps for want of memory; try --workers 1"
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(e):
+            raise
+        message = f"out of memory ({str(e).splitlines()[0]}); try a smaller batch_size"
     else:
         return
     print(f"error: {message}", file=sys.stderr)
@@ -165,6 +170,11 @@ def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProces
         loaded = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
     except (RuntimeError, ValueError):
         raise UserError(f"{name}: not a SentencePiece model") from None
+    try:
+        loaded.decode([[i] for i in range(loaded.vocab_size())])
+        loaded.encode("从前 once")
+    except (RuntimeError, ValueError, IndexError) as e:
+        raise UserError(f"{name}: not a SentencePiece model that works ({str(e).splitlines()[0]})") from None
     if not 0 < loaded.vocab_size() <= 65536:
         raise UserError(f"{name}: {loaded.vocab_size():,} pieces; the uint16 token files hold at most 65,536")
     if loaded.eos_id() < 0 or not loaded.is_control(loaded.eos_id()):
@@ -207,10 +217,15 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
 # From inputs to a folder
 
 
+def checksum(meta: dict) -> str:
+    """Of what meta.json holds beside this checksum."""
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
 def write_bins(results, folder: Path, val_fraction: float) -> dict:
     """Write the encoded stories to train.bin and val.bin, each story once; return the counts."""
     border = np.uint64(val_fraction * 2**64)
-    counts = {split: np.zeros(4, dtype=np.int64) for split in ("train", "val")}
+    counts, sums = ({split: new() for split in ("train", "val")} for new in (lambda: np.zeros(4, int), hashlib.sha256))
     dropped, seen = collections.Counter(), []  # the digests so far, in sorted arrays: a set would take 15 times as much
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for digests, places, sizes, tokens, block_dropped in results:
@@ -227,13 +242,18 @@ def write_bins(results, folder: Path, val_fraction: float) -> dict:
             dropped["duplicate"] += int((~new).sum())
             in_val = places < border
             for split, file, chosen in (("train", train, new & ~in_val), ("val", val, new & in_val)):
-                file.write(tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tobytes())
+                data = tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tobytes()
+                file.write(data)
+                sums[split].update(data)
                 counts[split] += (chosen.sum(), *sizes[chosen].sum(axis=0))
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
     names = ("stories", "tokens", "characters", "bytes")
-    result = {split: dict(zip(names, map(int, counts[split]), strict=True)) for split in counts}
+    result = {
+        split: dict(zip(names, map(int, counts[split]), strict=True)) | {"sha256": sums[split].hexdigest()}
+        for split in counts
+    }
     return result | {"dropped": {k: dropped[k] for k in ("duplicate", "empty", "not_unicode", "unencodable")}}
 
 
@@ -246,8 +266,10 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
     for folder in (out_dir, beside, old):
         if folder.exists() and not {p.name for p in folder.iterdir()} <= made:
             raise UserError(f"{folder}: holds files that prepare.py did not make; choose another --out_dir")
+    if old.exists() and not final.exists():  # stopped between the two renames
+        os.replace(old, final)
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside.mkdir()
     try:
         if args.tokenizer:
             model = args.tokenizer.read_bytes()
@@ -287,15 +309,15 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id(), "template": template}
         meta |= {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
         meta |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+        meta |= {"checksum": checksum(meta)}
         for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2).encode())):
-            with open(beside / name, "wb") as f:
+            with replacing(beside / name) as f:
                 f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
         if out_dir.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         os.replace(beside, final)
+        sync_folder(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         e.filename = e.filename or str(out_dir)  # a full disk does not say where
@@ -335,7 +357,8 @@ def main() -> None:
     elif not args.inputs:
         files = [Path("data/stories.jsonl")]
         print(f"writing the embedded corpus to {files[0]}", flush=True)
-        write_corpus(files[0])
+        with locked(Path(f"{files[0]}.lock"), files[0]):
+            write_corpus(files[0])
     else:
         files = []
     files += find_inputs(args.inputs)
@@ -344,7 +367,8 @@ def main() -> None:
         raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
     suffix = "_sft" if args.task == "sft" else ""
     out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
-    meta = prepare(files, out_dir, args)
+    with locked(Path(f"{os.path.abspath(out_dir)}.lock"), out_dir):
+        meta = prepare(files, out_dir, args)
     for split in ("train", "val"):
         c, things = meta[split], "examples" if args.task == "sft" else "stories"
         print(

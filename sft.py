@@ -20,7 +20,7 @@ import torch
 
 from checkpoint import build_model, find_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
 from config import LoopSettings, load_settings
-from device import start_processes
+from device import processes
 from instructions import markers
 from lora import add_lora
 from model import IGNORE
@@ -67,7 +67,7 @@ class ExampleFile(TokenFile):
     """A .bin file of instructions and responses, packed into rows, in a new seeded order each epoch."""
 
     def __init__(self, path: Path, s: Settings, meta: dict, answer: int, longest: int, seed: int = 0):
-        super().__init__(path, s.block_size, meta["vocab_size"], seed)
+        super().__init__(path, meta, s.block_size, seed)
         self.end_token = meta["end_token"]
         self.ends = np.flatnonzero(self.tokens == self.end_token) + 1
         self.starts = np.append(0, self.ends[:-1])
@@ -112,9 +112,8 @@ class ExampleFile(TokenFile):
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def main() -> None:
-    s = load_settings(sys.argv[1:], Settings, __doc__)
-    start_processes(s)
+def tune(s: Settings) -> None:
+    """Load the model and the examples, and call the loop; or only merge. Raises UserError."""
     out_dir, folder = Path(s.out_dir), Path(s.data_dir)
     if s.resume and find_checkpoints(out_dir):  # all that a resumed run needs: init_from may be gone
         source, checkpoint = newest_checkpoint(out_dir)
@@ -147,12 +146,18 @@ def main() -> None:
         )
     if s.epochs:
         s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
-    parts = {"tokenizer": tokenizer, "template": template, "data": meta.get("train")}
+    parts = {"tokenizer": tokenizer, "template": template, "data": meta["train"]}
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)
         parts["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
     prompt, _ = val_data.example(val_data.order_in_rows[0])
     train(s, model, train_data, val_data, parts, prompt=prompt.tolist())
+
+
+def main() -> None:
+    s = load_settings(sys.argv[1:], Settings, __doc__)
+    with processes(s):
+        tune(s)
 
 
 if __name__ == "__main__":

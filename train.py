@@ -8,6 +8,7 @@
 The loop is `train`, at the end; other scripts call it with other data or another loss.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,11 +27,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import cut_metrics, find_checkpoints, save_checkpoint, state_to_resume
+from checkpoint import cut_metrics, find_checkpoints, load_optimizer, save_checkpoint, state_to_resume
 from config import LoopSettings, load_settings
-from device import choose_device, compile_model, expected_memory, keep_memory, matmul_rate, peak_memory, start_processes
+from device import (
+    all_reduce,
+    choose_device,
+    compile_model,
+    expected_memory,
+    keep_memory,
+    matmul_rate,
+    peak_memory,
+    processes,
+)
 from model import GPT, IGNORE, ModelConfig
-from prepare import UserError, load_tokenizer, run
+from prepare import UserError, checksum, load_tokenizer, run
 from sample import tell
 
 # ---------------------------------------------------------------------------------------------------
@@ -63,14 +73,18 @@ class TokenFile:
     exactly the sequences it would have had, and every sequence comes once before any comes again.
     """
 
-    def __init__(self, path: Path, block_size: int, vocab_size: int, seed: int, end_token: int | None = None):
-        size = path.stat().st_size
+    def __init__(self, path: Path, meta: dict, block_size: int, seed: int, end_token: int | None = None):
+        size, seen, vocab_size = path.stat().st_size, hashlib.sha256(), meta["vocab_size"]
         if size % 2 or not size:
             raise UserError(f"{path}: {size:,} bytes are no token ids of two bytes each; run prepare.py again")
         self.tokens = np.memmap(path, dtype="<u2", mode="r")
         for start in range(0, len(self.tokens), 1 << 24):
-            if (largest := self.tokens[start : start + (1 << 24)].max()) >= vocab_size:
+            part = self.tokens[start : start + (1 << 24)]
+            seen.update(part)
+            if (largest := part.max()) >= vocab_size:
                 raise UserError(f"{path}: holds token {largest}, but the vocabulary ends at {vocab_size - 1}")
+        if seen.hexdigest() != meta[path.stem]["sha256"]:
+            raise UserError(f"{path}: damaged: not what prepare.py wrote (its checksum differs); run it again")
         self.path, self.block_size, self.seed, self.end_token, self.epoch = path, block_size, seed, end_token, None
 
     def __len__(self) -> int:
@@ -102,11 +116,14 @@ def read_meta(folder: Path) -> tuple[dict, bytes]:
     if not (folder / "meta.json").exists():
         raise UserError(f"{folder}: no prepared data here (meta.json is missing); run prepare.py --out_dir {folder}")
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for name, kind in (("vocab_size", int), ("end_token", int), ("tokenizer_sha256", str)):
-            if type(meta[name]) is not kind:
-                raise TypeError(f"{name} is no {kind.__name__}")
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        with open(folder / "meta.json", "rb") as f:
+            meta = json.loads(f.read(1 << 20))  # it has some hundred bytes
+        if meta.pop("checksum") != checksum(meta):
+            raise ValueError("its checksum differs")
+        meta["train"]["sha256"], meta["val"]["sha256"], meta["tokenizer_sha256"]  # are there
+        if type(meta["vocab_size"]) is not int or type(meta["end_token"]) is not int:
+            raise TypeError("no number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder / 'meta.json'}: damaged ({e!r}); run prepare.py again") from None
     path = folder / "tokenizer.model"
     model = path.read_bytes()
@@ -122,10 +139,10 @@ def open_data(s: Settings) -> tuple[TokenFile, TokenFile, dict]:
     meta, tokenizer = read_meta(folder)
     end = meta["end_token"] if s.document_mask else None
     train_data, val_data = (
-        TokenFile(folder / f"{split}.bin", s.block_size, meta["vocab_size"], seed, end)
+        TokenFile(folder / f"{split}.bin", meta, s.block_size, seed, end)
         for split, seed in (("train", s.seed), ("val", 0))  # validation is the same whatever the seed
     )
-    return train_data, val_data, {"tokenizer": tokenizer, "data": meta.get("train")}
+    return train_data, val_data, {"tokenizer": tokenizer, "data": meta["train"]}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -178,7 +195,7 @@ def evaluate(model, batches: list[dict], loss_fn, device: torch.device, autocast
         with autocast():
             total += loss_fn(model, {k: v.to(device) for k, v in batch.items()})
     if world > 1:
-        dist.all_reduce(total)
+        all_reduce(total)
     return total.item()
 
 
@@ -233,7 +250,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         try:
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                load_optimizer(optimizer, saved)
             scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["random_state"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -259,6 +276,8 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         )
         print(f"resuming at step {step:,}" if step else "starting from the beginning", flush=True)
         out_dir.mkdir(parents=True, exist_ok=True)
+        for cut_off in out_dir.glob("ckpt_*.pt.tmp"):
+            cut_off.unlink()
         cut_metrics(out_dir / "metrics.jsonl", step)
         metrics = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as we run)
     val_batches = validation_batches(val_data, s)
@@ -278,10 +297,23 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         return mine, count
 
     def record(line: dict) -> None:
-        metrics.write(json.dumps(line) + "\n")
-        metrics.flush()
+        try:
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            if due["save"]:  # a checkpoint's lines are on the disk before it is
+                os.fsync(metrics.fileno())
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                metrics.close()  # or Python would try again at its end
+            raise UserError(f"{metrics.name}: not written ({e.strerror}); go on with --resume=True") from None
+
+    def kept() -> str:
+        which = f"the checkpoint of step {saved_at} is" if saved_at else "no checkpoint is"
+        return f"{which} kept from before; try a learning_rate below {s.learning_rate}"
 
     def save() -> None:
+        if not all(p.isfinite().all() for p in learned):
+            raise UserError(f"step {step}: weights are no longer finite; stopped; {kept()}")
         state = {
             "model": model.state_dict(),
             "model_config": dataclasses.asdict(model.config),
@@ -321,7 +353,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         upcoming = batches_of(step + 1)  # on the way while the device still works on this step
         if world > 1:
             flat = torch.cat([loss_sum.view(1), *(p.grad.view(-1) for p in learned)])
-            dist.all_reduce(flat)
+            all_reduce(flat)
             loss_sum, *sums = flat.split([1, *(p.numel() for p in learned)])
             for p, total in zip(learned, sums, strict=True):
                 p.grad.copy_(total.view_as(p))
@@ -340,7 +372,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
 
         stop = signalled.clone()
         if world > 1:  # the signal may have reached only some: all must stop after the same step
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
+            all_reduce(stop, dist.ReduceOp.MAX)
         stopping = bool(stop)
         done = step == s.max_iters
         due = {name: step % getattr(s, f"{name}_interval") == 0 or done for name in ("log", "eval", "save")}
@@ -352,11 +384,9 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             for i, (a, b) in enumerate(zip(losses, norms, strict=True)):
                 if not math.isfinite(a) or not (math.isfinite(b) or scaler.is_enabled()):
                     at = step - len(recent) + i + 1
-                    kept = f"the checkpoint of step {saved_at} is" if saved_at else "no checkpoint is"
-                    raise UserError(
-                        f"step {at}: loss {a}, gradient norm {b}; stopped; {kept} kept from before; "
-                        f"try a learning_rate below {s.learning_rate}"
-                    )
+                    raise UserError(f"step {at}: loss {a}, gradient norm {b}; stopped; {kept()}")
+            if scaler.is_enabled() and scaler.get_scale() < 1:  # from 65,536, halved at each overflow
+                raise UserError(f"step {step}: float16 overflows at every step; stopped; {kept()}; or use float32")
             if rank == 0:
                 speed = len(recent) * tokens_a_step / (time.perf_counter() - clock)
                 line = {"step": step, "tokens": step * tokens_a_step, "loss": sum(losses) / len(losses)}
@@ -388,22 +418,19 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     if rank == 0 and stopping and step < s.max_iters:
         python = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
         print(f"stopped and saved at step {step}; to go on: {shlex.join([*python, *sys.argv, '--resume=True'])}")
-    if dist.is_initialized():
-        dist.barrier()  # nobody leaves while another still saves
-        dist.destroy_process_group()
 
 
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
-    start_processes(s)
-    train_data, val_data, parts = open_data(s)
-    vocab_size = load_tokenizer(parts["tokenizer"], s.data_dir).vocab_size()
-    names = {field.name for field in dataclasses.fields(ModelConfig)} & set(vars(s))
-    try:
-        config = ModelConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names})
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    train(s, GPT(config), train_data, val_data, parts)
+    with processes(s):
+        train_data, val_data, parts = open_data(s)
+        vocab_size = load_tokenizer(parts["tokenizer"], s.data_dir).vocab_size()
+        names = {field.name for field in dataclasses.fields(ModelConfig)} & set(vars(s))
+        try:
+            config = ModelConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names})
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        train(s, GPT(config), train_data, val_data, parts)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ machine: the only source of chance is `random.Random.random`, whose sequence Pyt
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from disk import replacing
 
 HERE = Path(__file__).parent
 MIN_CHARS, MAX_CHARS = 120, 300
@@ -195,13 +196,9 @@ def stories(count: int, seed: int = 0):
 def write_corpus(path: Path, count: int = 24_000) -> None:
     """Write the corpus as JSON lines. The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8", newline="\n") as f:
+    with replacing(path) as f:
         for story in stories(count):
-            f.write(json.dumps(story, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+            f.write(json.dumps(story, ensure_ascii=False).encode() + b"\n")
 
 
 def check(plots: list[Plot], tries: int = 300) -> list[str]:

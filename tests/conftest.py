@@ -1,6 +1,7 @@
 """What the tests share: the repository, real data where it is at hand, and a run of real commands."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-from prepare import run  # noqa: E402 (the path to it is set above)
+from prepare import checksum, run  # noqa: E402 (the path to it is set above)
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +100,20 @@ TINY = {
 def tiny(**changes):
     """TINY with changes, as command line arguments."""
     return [f"--{key}={value}" for key, value in (TINY | changes).items()]
+
+
+def meta_of(folder):
+    return json.loads((Path(folder) / "meta.json").read_text())
+
+
+def reseal(folder, **changes):
+    """Make a prepared folder whose files were changed one that prepare.py might have written, checksums and all."""
+    meta = meta_of(folder) | changes
+    for split in ("train", "val"):
+        meta[split]["sha256"] = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+    meta["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    del meta["checksum"]
+    (folder / "meta.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
 
 
 def metrics_of(folder):

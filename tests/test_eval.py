@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import assert_one_line_error, run_script, script_here
+from conftest import assert_one_line_error, reseal, run_script, script_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sft import examples_in, length_of, strong
@@ -217,6 +217,7 @@ def test_figures_by_hand(spoilt, tuned, tmp_path):
         if "对话" in asked.get("特点", "").split("，"):
             expected["dialogue"] = float("“" in story)
         np.array(prompt[1:] + response, dtype="<u2").tofile(spoilt / "val.bin")
+        reseal(spoilt)
         figures = figures_of(tmp_path / "figures.json", "--ckpt", path, "--data", spoilt, "--temperature", 0)
         assert {name: figures.get(name) for name in expected} == pytest.approx(expected)
         assert figures.keys() - expected.keys() <= {"bits_per_char", "sentence_lcs80", "reference_repeat_4gram"}
@@ -304,6 +305,7 @@ def test_data_of_another_tokenizer(spoilt, tuned, pretrained, tmp_path):
 
 def test_no_example_fits(spoilt, tuned):
     np.array([4, *[300] * 400, 5, 300, 2], dtype="<u2").tofile(spoilt / "val.bin")
+    reseal(spoilt)
     assert_one_line_error(eval_here("--ckpt", tuned, "--data", spoilt), "val.bin", "256")
 
 
@@ -318,6 +320,7 @@ def test_damaged_examples(kind, spoilt, tuned):
         path.unlink()
     else:
         path.write_bytes(damaged[kind].astype("<u2").tobytes() + b"\0" * (kind == "odd"))
+        reseal(spoilt)
     assert_one_line_error(eval_here("--ckpt", tuned, "--data", spoilt), "val.bin")
 
 
@@ -327,5 +330,6 @@ def test_token_file_that_is_cut_to_one_example(spoilt, tuned, tmp_path):
     ends = [i + 1 for i, token in enumerate(ids) if token == 2]
     short = next((a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b - a <= 256)
     np.array(ids[slice(*short)], dtype="<u2").tofile(spoilt / "val.bin")
+    reseal(spoilt)
     figures = figures_of(tmp_path / "a.json", "--ckpt", tuned, "--data", spoilt)
     assert figures["examples"] == 1 and figures["too_long"] == 0

@@ -1,9 +1,7 @@
 """Instruction tuning: rows, masks and losses against slow references, real runs disturbed, LoRA, and what it tells."""
 
 import collections
-import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
@@ -18,7 +16,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, metrics_of, run_script, script_here, tuning
+from conftest import ROOT, assert_one_line_error, meta_of, metrics_of, reseal, run_script, script_here, tuning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, same, same_state, stopped_at, torchrun, wait_for_step
@@ -70,7 +68,7 @@ def length_of(example):
 
 
 def open_examples(folder, split="train", block_size=256, longest=256):
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = meta_of(folder)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     settings_ = Settings(block_size=block_size)
     seed = settings_.seed if split == "train" else 0
@@ -345,6 +343,7 @@ def test_stories_told_on_the_way_answer_an_instruction_that_fits(where, pretrain
     long = [4, *[300] * 400, 5, 300, 2]
     ids = np.fromfile(tiny_sft / "val.bin", dtype="<u2").tolist()
     np.array(long * (1 if where == "the first example" else 20) + ids, dtype="<u2").tofile(folder / "val.bin")
+    reseal(folder)
     assert (long[0], long[402 - 1], long[-1]) == (4, 5, 2)
     done = tune_here(pretrained, folder, tmp_path / "out", max_iters=2, sample_interval=1)
     assert done.returncode == 0, done.stderr
@@ -362,6 +361,7 @@ def few(tiny_sft, tmp_path_factory):
     shutil.copytree(tiny_sft, folder)
     chosen = [e for e in examples_in(tiny_sft, "train") if length_of(e) <= 256][:4]
     np.array([i for prompt, response in chosen for i in prompt[1:] + response], "<u2").tofile(folder / "train.bin")
+    reseal(folder)
     return folder
 
 
@@ -410,6 +410,7 @@ def test_adapters_begin_as_nothing(tuned):
 def test_adapter_by_hand(scale, tuned):
     """y = (W + alpha / rank * B A) x, and merged the same: against matrices made in float64."""
     model, plain = (build_model(read_checkpoint(tuned), tuned) for _ in range(2))
+    torch.manual_seed(1)
     add_lora(model, 4, 4 * scale)
     for module in matrices_of(model):
         torch.nn.init.normal_(module.parametrizations.weight[0].B, std=0.3)
@@ -421,9 +422,9 @@ def test_adapter_by_hand(scale, tuned):
     with torch.no_grad():
         expected, before = plain(tokens), build_model(read_checkpoint(tuned), tuned)(tokens)
         assert (expected - before).abs().max() > 0.1
-        torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
         merge_lora(model)
-        torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
     assert model.state_dict().keys() == read_checkpoint(tuned)["model"].keys()
 
 
@@ -570,9 +571,7 @@ def test_data_that_is_missing_or_no_instructions(refused, tiny_data, tmp_path):
 def test_data_of_another_tokenizer(refused, pretrained):
     model = (refused.folder / "tokenizer.model").read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
     (refused.folder / "tokenizer.model").write_bytes(model)
-    meta = json.loads((refused.folder / "meta.json").read_text())
-    meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
-    (refused.folder / "meta.json").write_text(json.dumps(meta))
+    reseal(refused.folder)
     refused(refused.folder, "tokenizer", pretrained)
 
 
@@ -582,8 +581,7 @@ def test_data_of_another_tokenizer(refused, pretrained):
      "小兔{instruction}<s>{response}", "<|user|>{instruction}<|assistant|>"],
 )  # fmt: skip
 def test_templates_that_are_none(template, refused):
-    meta = json.loads((refused.folder / "meta.json").read_text())
-    (refused.folder / "meta.json").write_text(json.dumps(meta | {"template": template}))
+    reseal(refused.folder, template=template)
     refused("prepare.py --task sft" if not isinstance(template, str) else "template")
 
 
@@ -622,6 +620,7 @@ def test_damaged_token_files(kind, split, refused):
     path = refused.folder / f"{split}.bin"
     ids = np.fromfile(path, dtype="<u2")
     DAMAGE[kind](ids).astype("<u2").tofile(path)
+    reseal(refused.folder)
     refused(path, "prepare.py")
 
 
@@ -631,6 +630,7 @@ def test_token_files_of_odd_length_or_beyond_the_vocabulary(refused, pretrained)
     path.write_bytes(good + b"\0")
     refused(path, "bytes")
     path.write_bytes(good[:-4] + np.array([size, END], dtype="<u2").tobytes())
+    reseal(refused.folder)
     refused(path, size)
 
 
@@ -639,6 +639,7 @@ def test_nothing_fits(split, refused):
     """Not one example is short enough: that is what is said, not that rows should be shorter."""
     long = [USER, *[ORDINARY] * 400, ANSWER, ORDINARY, END]
     np.array(long * 5, dtype="<u2").tofile(refused.folder / f"{split}.bin")
+    reseal(refused.folder)
     assert "lower block_size" not in refused(f"{split}.bin", "256")
 
 

@@ -25,7 +25,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_one_line_error, metrics_of, run_script, script_here, tiny
+from conftest import ROOT, TINY, assert_one_line_error, meta_of, metrics_of, reseal, run_script, script_here, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,7 +92,12 @@ def lines_of(folder):
 
 
 def config_of(data_dir):
-    return ModelConfig(vocab_size=json.loads((Path(data_dir) / "meta.json").read_text())["vocab_size"], **SHAPE)
+    return ModelConfig(vocab_size=meta_of(data_dir)["vocab_size"], **SHAPE)
+
+
+def meta_for(path, vocab_size):
+    """What a .bin file is opened with."""
+    return {"vocab_size": vocab_size, path.stem: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
         found[size] = run_.gradients, metrics_of(out)[0]
     torch.manual_seed(5)
     reference = GPT(config).double()
-    data = data or TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    data = data or TokenFile(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
     loss = mean_loss(reference, data, 0, 8)
     loss.backward()
     norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
@@ -184,8 +189,8 @@ def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
 def test_document_mask_hides_the_story_before(tiny_data, tmp_path):
     """With document_mask the loss is that of every story, and every piece of one, read alone in float64."""
     config = config_of(tiny_data)
-    end = json.loads((tiny_data / "meta.json").read_text())["end_token"]
-    data = TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    end = meta_of(tiny_data)["end_token"]
+    data = TokenFile(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
     torch.manual_seed(5)
     model = GPT(config)
     for p in model.parameters():  # attention that matters
@@ -241,7 +246,7 @@ def test_adamw_steps_by_hand(tiny_data, tmp_path):
     ours = train_here(tiny_data, tmp_path / "out", optimizer="adamw", **s).model
     torch.manual_seed(5)
     start_, config = GPT(ours.config), ours.config
-    data = TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    data = TokenFile(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
     before = {name: p.clone() for name, p in start_.named_parameters()}
     reference = by_hand(start_, data, s, set(before))
     for name, p in reference.named_parameters():
@@ -259,7 +264,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
     torch.manual_seed(5)
     start_, config = GPT(ours.config), ours.config
     before = {name: p.detach().double().clone() for name, p in start_.named_parameters()}
-    data = TokenFile(tiny_data / "train.bin", config.block_size, config.vocab_size, Settings.seed)
+    data = TokenFile(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
     inside = {name for name, p in before.items() if name.startswith("blocks.") and p.dim() == 2}
     assert len(inside) == 7 * config.n_layer
     reference = by_hand(start_, data, s, before.keys() - inside)
@@ -302,7 +307,7 @@ def test_every_block_once_an_epoch(tmp_path_factory, block, length, seed, sizes)
     tokens = np.random.default_rng(length).permutation(1000)[:length]  # no token twice: it tells where it stood
     tokens.astype("<u2").tofile(path)
     blocks = [tokens[i * block : (i + 1) * block + 1].tolist() for i in range((length - 1) // block)]
-    data, rows = TokenFile(path, block, 1000, seed), []
+    data, rows = TokenFile(path, meta_for(path, 1000), block, seed), []
     assert len(data) == len(blocks)
     for size in sizes:
         batch = data.batch(len(rows), size)
@@ -313,7 +318,7 @@ def test_every_block_once_an_epoch(tmp_path_factory, block, length, seed, sizes)
     for epoch in range(0, len(rows), len(blocks)):
         here = sorted(rows[epoch : epoch + len(blocks)])
         assert here == sorted(blocks) if len(here) == len(blocks) else len(here) == len(set(map(tuple, here)))
-    again = TokenFile(path, block, 1000, seed)  # from anywhere, in any order
+    again = TokenFile(path, meta_for(path, 1000), block, seed)  # from anywhere, in any order
     for n in reversed(range(len(rows))):
         assert again.batch(n, 1)["tokens"][0].tolist() == rows[n][:-1]
 
@@ -322,7 +327,8 @@ def test_order_depends_on_epoch_and_seed(tmp_path):
     np.arange(3001, dtype="<u2").tofile(tmp_path / "a.bin")
 
     def epochs(seed, count=3):
-        firsts = TokenFile(tmp_path / "a.bin", 10, 3001, seed).batch(0, 300 * count)["tokens"][:, 0]
+        data = TokenFile(tmp_path / "a.bin", meta_for(tmp_path / "a.bin", 3001), 10, seed)
+        firsts = data.batch(0, 300 * count)["tokens"][:, 0]
         return [tuple(epoch.tolist()) for epoch in firsts.split(300)]
 
     orders = epochs(1) + epochs(2) + epochs(3)
@@ -337,6 +343,7 @@ def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
     shutil.copytree(tiny_data, folder)
     tokens = np.fromfile(folder / "train.bin", dtype="<u2")[: 24 * 32 + 5]
     tokens.tofile(folder / "train.bin")
+    reseal(folder)
     taken = []
 
     changes = {"batch_size": 3, "gradient_accumulation_steps": 2, "save_interval": 4}
@@ -467,6 +474,7 @@ def test_evaluation_of_fewer_blocks_than_asked_for(tiny_data, tmp_path):
     shutil.copytree(tiny_data, folder)
     tokens = np.fromfile(folder / "val.bin", dtype="<u2")[: 5 * 32 + 9]
     tokens.tofile(folder / "val.bin")
+    reseal(folder)
     s = {"max_iters": 1, "eval_blocks": 1000, "batch_size": 3}
     model = train_here(folder, tmp_path / "out", **s).model.double()
     rows = torch.from_numpy(np.stack([tokens[i * 32 : i * 32 + 33] for i in range(5)]).astype(np.int64))
@@ -495,13 +503,13 @@ def test_resume_is_exact(whole, tmp_path):
     stopped_at(whole.out, out, 8)
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"step": 8, "tok')
-    (out / "ckpt.tmp").write_bytes((out / "ckpt_000008.pt").read_bytes()[:1000])
-    (out / "ckpt_000099.pt.tmp").write_bytes(b"not one of ours")
+    (out / "ckpt_000010.pt.tmp").write_bytes((out / "ckpt_000008.pt").read_bytes()[:1000])
+    (out / "lock").write_text("process 1")
     done = run_script(*arguments(whole.data, out, **whole.changes, resume=True, sample_interval=3))
     assert "step 8" in done.stdout
     same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
     assert lines_of(out) == lines_of(whole.out)
-    assert not (out / "ckpt.tmp").exists()
+    assert {p.name for p in out.iterdir()} == {"ckpt_000008.pt", "ckpt_000012.pt", "metrics.jsonl"}
     told = done.stdout.split("step 12: validation loss")[1].split("\n", 1)[1].strip()
     assert len(told) > 10 and "validation loss" not in told  # the story that was told at the end
 
@@ -626,9 +634,7 @@ def test_resume_with_another_tokenizer(adamw, tmp_path):
     shutil.copytree(adamw.data, folder)
     model = (folder / "tokenizer.model").read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
     (folder / "tokenizer.model").write_bytes(model)
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
-    (folder / "meta.json").write_text(json.dumps(meta))
+    reseal(folder)
     stopped_at(adamw.out, out, 8)
     done = run_here(*arguments(folder, out, **adamw.changes, resume=True))
     assert_one_line_error(done, out, "tokenizer")
@@ -887,14 +893,12 @@ def test_tokenizer_and_bins_that_do_not_match(spoilt):
     good = path.read_bytes()
     path.write_bytes(good[:-7] + bytes([good[-7] ^ 1]) + good[-6:])
     spoilt("tokenizer.model", "not the tokenizer")
-    meta = json.loads((spoilt.folder / "meta.json").read_text())
     for garbage in (b"no tokenizer", b"\0" * 1000, good[:1000]):
         path.write_bytes(garbage)
-        changed = meta | {"tokenizer_sha256": hashlib.sha256(garbage).hexdigest()}
-        (spoilt.folder / "meta.json").write_text(json.dumps(changed))
+        reseal(spoilt.folder)
         spoilt("tokenizer.model")
     path.write_bytes(good)
-    (spoilt.folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": meta["vocab_size"] + 1}))
+    reseal(spoilt.folder, vocab_size=meta_of(spoilt.folder)["vocab_size"] + 1)
     spoilt("tokenizer.model")
 
 
@@ -902,17 +906,21 @@ def test_tokenizer_and_bins_that_do_not_match(spoilt):
 def test_bins_that_cannot_be(name, spoilt):
     path = spoilt.folder / name
     good = np.fromfile(path, dtype="<u2")
-    size = json.loads((spoilt.folder / "meta.json").read_text())["vocab_size"]
+    size = meta_of(spoilt.folder)["vocab_size"]
     for bad, where in ((size, len(good) - 1), (65535, 0)):
         tokens = good.copy()
         tokens[where] = bad
         tokens.tofile(path)
+        reseal(spoilt.folder)
         spoilt(name, bad, size - 1)
     path.write_bytes(good.tobytes() + b"\0")
     spoilt(name, "bytes")
     good[:32].tofile(path)  # one token short of a block and its last target
+    spoilt(name, "checksum")
+    reseal(spoilt.folder)
     spoilt(name, "block_size", 32)
     good[:33].tofile(path)
+    reseal(spoilt.folder)
     assert run_here(*arguments(spoilt.folder, spoilt.out, max_iters=1)).returncode == 0
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from device import choose_device, compile_model, keep_memory, matmul_rate, peak_memory
+from disk import replacing
 from model import GPT, ModelConfig
 from prepare import UserError, run, usage_error
 from sample import generate
@@ -491,7 +492,8 @@ def main() -> None:
         for name in args.parts or PARTS:
             rows += PARTS[name](args, Path(folder))
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                with replacing(args.json) as f:
+                    f.write(json.dumps(rows, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

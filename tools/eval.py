@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import build_model, read_checkpoint
 from device import choose_device
+from disk import replacing
 from instructions import markers, read_constraints, split_list
 from model import IGNORE
 from prepare import UserError, load_tokenizer, run, usage_error
@@ -167,7 +168,8 @@ def main() -> None:
         shown = ["" if v is None else f"{v:.2f}" if name in ("length", "bits_per_char") else f"{v:.1%}" for v in values]
         print(f"{label:32}" + "".join(f"{text:>16}" for text in shown))
     if args.json:
-        args.json.write_text(json.dumps(columns[-1], indent=2) + "\n", encoding="utf-8")
+        with replacing(args.json) as f:
+            f.write(json.dumps(columns[-1], indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":
