@@ -7,7 +7,6 @@ import dataclasses
 import json
 import pickle
 import re
-import reprlib
 import sys
 import zipfile
 from pathlib import Path
@@ -56,6 +55,9 @@ def read_checkpoint(path: Path) -> dict:
     for name, kind in parts.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
             raise UserError(f"{path}: not a checkpoint of this program ({name!r} is missing or no {kind.__name__})")
+    settings, template = checkpoint["settings"], checkpoint.get("template", "")
+    if not all(type(value) in (bool, int, float, str) for value in (*settings.values(), template)):
+        raise UserError(f"{path}: not a checkpoint of this program (settings or template are no text and numbers)")
     if checkpoint["step"] < 0:
         raise UserError(f"{path}: not a checkpoint of this program (step {checkpoint['step']})")
     return checkpoint
@@ -113,7 +115,7 @@ def state_to_resume(s: LoopSettings, model: GPT, parts: dict) -> dict | None:
     for key in fixed:
         now, then = getattr(s, key, None), state["settings"].get(key)
         if now != then:
-            raise UserError(f"{key} = {now!r}: {path} has {reprlib.repr(then)}; keep that")
+            raise UserError(f"{key} = {now!r}: {path} has {then!r}; keep that")
     if state["model_config"] != dataclasses.asdict(model.config):
         raise UserError(f"{path}: the model there has another shape or vocabulary; choose another out_dir")
     for name, part in parts.items():

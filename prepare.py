@@ -59,10 +59,11 @@ def run(main) -> None:
         message = "interrupted"
     except concurrent.futures.process.BrokenProcessPool:
         message = "a worker process was killed, perhaps for want of memory; try --workers 1"
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        known = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)  # PyTorch's, on GPU and CPU
+        if not known and isinstance(e, RuntimeError):
             raise
-        message = f"out of memory ({str(e).splitlines()[0]}); try a smaller batch_size"
+        message = f"out of memory ({str(e).splitlines()[0] if str(e) else 'none left'}); try a smaller batch_size"
     else:
         return
     print(f"error: {message}", file=sys.stderr)

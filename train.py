@@ -90,6 +90,10 @@ class TokenFile:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.block_size
 
+    def count(self, batch: dict) -> int:
+        """How many targets a batch has to learn from: its summed loss is averaged over so many."""
+        return int((batch["targets"] != IGNORE).sum())
+
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Sequences number first to first + count - 1 of the run, as arguments of GPT.forward."""
         chosen = []
@@ -182,21 +186,24 @@ def learning_rate_at(step: int, s: LoopSettings) -> float:
     return s.min_lr + (s.learning_rate - s.min_lr) * share
 
 
-def next_token_loss(model, batch: dict) -> torch.Tensor:
+def next_token_loss(model, batch: dict) -> dict[str, torch.Tensor]:
     """The summed loss of a batch; the loop divides by the number of targets in the whole step."""
-    return model(**batch)
+    return {"loss": model(**batch)}
 
 
 @torch.no_grad()
-def evaluate(model, batches: list[dict], loss_fn, device: torch.device, autocast, rank: int, world: int) -> float:
-    """The summed loss over the batches, the work shared between the processes."""
-    total = torch.zeros((), device=device)
-    for batch in batches[rank::world]:
-        with autocast():
-            total += loss_fn(model, {k: v.to(device) for k, v in batch.items()})
+def evaluate(model, batches: list[dict], loss_fn, device: torch.device, autocast, rank: int, world: int) -> dict:
+    """What loss_fn gives, summed over the batches, the work shared between the processes."""
+    names, sums = ["loss"], 0
+    for i, batch in enumerate(batches):
+        if i % world == rank or i == 0:  # every process sees the first: it tells the names
+            with autocast():
+                figures = loss_fn(model, {k: v.to(device) for k, v in batch.items()})
+            names = list(figures)
+            sums = sums + torch.stack(list(figures.values())) * (i % world == rank)  # (figures,)
     if world > 1:
-        all_reduce(total)
-    return total.item()
+        all_reduce(sums)
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def validation_batches(data, settings: LoopSettings) -> list[dict]:
@@ -219,9 +226,10 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     """Train `model` in place and leave its checkpoints and metrics.jsonl in out_dir.
 
     train_data and val_data have a length and give `batch(first, count)`, a dict of CPU tensors with count
-    rows each, among them "targets"; loss_fn(model, batch) gives a batch's summed loss. `parts` go into every
-    checkpoint, so that it can be used alone: the tokenizer's bytes and whatever else sampling needs.
-    `prompt`, tokens, is what the sample stories follow. Raises UserError.
+    rows each, among them "targets"; loss_fn(model, batch) gives sums over a batch: its "loss", and what else is
+    to be logged; they are averaged over data.count(batch). `parts` go into every checkpoint, so that it can be
+    used alone: the tokenizer's bytes and whatever else sampling needs. `prompt`, tokens, is what the sample
+    stories follow. Raises UserError.
     """
     out_dir = Path(s.out_dir)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
@@ -281,15 +289,16 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         cut_metrics(out_dir / "metrics.jsonl", step)
         metrics = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as we run)
     val_batches = validation_batches(val_data, s)
+    val_count = sum(map(val_data.count, val_batches))
     val_targets = [row[row != IGNORE].tolist() for batch in val_batches for row in batch["targets"]]
-    val_tokens, val_characters = sum(map(len, val_targets)), sum(map(len, tokenizer.decode(val_targets)))
+    val_characters = sum(map(len, tokenizer.decode(val_targets)))
 
     def batches_of(step: int):
-        """This process's micro-batches of a step, on their way to the device, and all its targets' number."""
+        """This process's micro-batches of a step, on their way to the device, and what its loss is averaged over."""
         mine, count = [], 0
         for i in range(s.gradient_accumulation_steps):
             batch = train_data.batch(step * sequences + i * s.batch_size, s.batch_size)
-            count += int((batch["targets"] != IGNORE).sum())
+            count += train_data.count(batch)
             if i % world == rank:
                 if device.type == "cuda":  # pinned memory is copied while the GPU works
                     batch = {k: v.pin_memory() for k, v in batch.items()}
@@ -337,25 +346,25 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    recent, saved_at, clock = [], step, time.perf_counter()  # recent: loss and gradient norm of each step
+    recent, saved_at, clock = [], step, time.perf_counter()  # recent: figures and gradient norm of each step
     upcoming = batches_of(step)
     bar = tqdm(total=s.max_iters, initial=step, unit="step", disable=None if rank == 0 else True)
     while step < s.max_iters and not stopping:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, s)
-        (micro_batches, count), loss_sum = upcoming, torch.zeros((), device=device)
+        (micro_batches, count), sums = upcoming, 0
         for batch in micro_batches:
             with autocast():
-                loss = loss_fn(compiled, batch)
-            scaler.scale(loss / count).backward()
-            loss_sum += loss.detach()
+                figures = loss_fn(compiled, batch)
+            scaler.scale(figures["loss"] / count).backward()
+            sums = sums + torch.stack(list(figures.values())).detach()  # (figures,)
         upcoming = batches_of(step + 1)  # on the way while the device still works on this step
         if world > 1:
-            flat = torch.cat([loss_sum.view(1), *(p.grad.view(-1) for p in learned)])
+            flat = torch.cat([sums, *(p.grad.view(-1) for p in learned)])
             all_reduce(flat)
-            loss_sum, *sums = flat.split([1, *(p.numel() for p in learned)])
-            for p, total in zip(learned, sums, strict=True):
+            sums, *totals = flat.split([len(sums), *(p.numel() for p in learned)])
+            for p, total in zip(learned, totals, strict=True):
                 p.grad.copy_(total.view_as(p))
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -366,7 +375,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        recent.append((loss_sum.squeeze() / count, norm))
+        recent.append(torch.cat([sums / count, norm.view(1)]))
         step += 1
         bar.update()
 
@@ -380,8 +389,9 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         due["save"] |= stopping
         if due["log"] or due["save"]:
             # Only here is a number read back, which makes the CPU wait for the device.
-            losses, norms = torch.stack([torch.stack(pair) for pair in recent]).t().tolist()
-            for i, (a, b) in enumerate(zip(losses, norms, strict=True)):
+            *columns, norms = torch.stack(recent).t().tolist()
+            means = {name: sum(column) / len(column) for name, column in zip(figures, columns, strict=True)}
+            for i, (a, b) in enumerate(zip(columns[0], norms, strict=True)):
                 if not math.isfinite(a) or not (math.isfinite(b) or scaler.is_enabled()):
                     at = step - len(recent) + i + 1
                     raise UserError(f"step {at}: loss {a}, gradient norm {b}; stopped; {kept()}")
@@ -389,7 +399,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
                 raise UserError(f"step {step}: float16 overflows at every step; stopped; {kept()}; or use float32")
             if rank == 0:
                 speed = len(recent) * tokens_a_step / (time.perf_counter() - clock)
-                line = {"step": step, "tokens": step * tokens_a_step, "loss": sum(losses) / len(losses)}
+                line = {"step": step, "tokens": step * tokens_a_step, **means}
                 line |= {"learning_rate": learning_rate_at(step - 1, s)}
                 line |= {"grad_norm": norms[-1] if math.isfinite(norms[-1]) else None, "tokens_per_second": speed}
                 line |= {"mfu": speed * flops_a_step / tokens_a_step / rate, "peak_memory": peak_memory(device)}
@@ -398,12 +408,15 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             recent, clock = [], time.perf_counter()
         paused = time.perf_counter()
         if due["eval"]:
-            nats = evaluate(compiled, val_batches, loss_fn, device, autocast, rank, world)
+            found = evaluate(compiled, val_batches, loss_fn, device, autocast, rank, world)
             if rank == 0:
-                loss, bits = nats / val_tokens, nats / val_characters / math.log(2)
-                line = {"step": step, "tokens": step * tokens_a_step, "val_loss": loss}
-                record(line | {"val_perplexity": math.exp(min(loss, 700)), "val_bits_per_character": bits})
-                tqdm.write(f"step {step:,}: validation loss {loss:.4f}, {bits:.3f} bits a character")
+                line = {f"val_{name}": total / val_count for name, total in found.items()}
+                if len(found) == 1:  # the loss is that of the text itself
+                    line["val_perplexity"] = math.exp(min(line["val_loss"], 700))
+                    line["val_bits_per_character"] = found["loss"] / val_characters / math.log(2)
+                record({"step": step, "tokens": step * tokens_a_step, **line})
+                told = ", ".join(f"{name[4:].replace('_', ' ')} {value:.4f}" for name, value in line.items())
+                tqdm.write(f"step {step:,}: validation {told}")
         if rank == 0 and due["sample"]:
             torch.use_deterministic_algorithms(False)  # sampling has sums that CUDA cannot do so
             tqdm.write(tell(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0] + "\n")

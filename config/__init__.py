@@ -9,7 +9,6 @@ import difflib
 import operator
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from stories.read import UserError
 
@@ -83,9 +82,14 @@ def read_config(path: str) -> dict:
         raise ValueError
 
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as f:
+            text = f.read((1 << 20) + 1)
+        if len(text) > 1 << 20:
+            raise ValueError("over a megabyte: no settings")
+        tree = ast.parse(text.decode())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: cannot be read ({e})") from None
+        line, reason = getattr(e, "lineno", None) or 1, str(e) or type(e).__name__
+        raise UserError(f"{path}:{line}: cannot be read ({reason})") from None
     values = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

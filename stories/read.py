@@ -21,6 +21,7 @@ from tqdm.utils import CallbackIOWrapper
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv")
 DOCUMENT_END = "<|endoftext|>"  # separates stories in .txt files; in a story it is plain text
 BLOCK = 1 << 20  # bytes of input in a block
+HEADERS = b"xgXLK"  # types of archive members that only say something about others
 LONGEST = 1 << 24  # bytes of the longest line or record we are willing to hold
 
 
@@ -72,7 +73,7 @@ def read_blocks(files: list[Path], extract, title: str):
                 try:
                     if name.removesuffix(".gz").endswith(".tar"):
                         # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
-                        with tarfile.open(fileobj=stream, mode="r|") as archive:
+                        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
                             archive.fileobj.seekable = lambda: False  # which Python 3.11 forgets to define
                             for member in archive:
                                 if member.isfile() and member.name.endswith(SUFFIXES):
@@ -84,6 +85,17 @@ def read_blocks(files: list[Path], extract, title: str):
                     raise UserError(f"{name}: damaged or cut off ({e}); fetch it again") from None
                 except UnicodeDecodeError as e:
                     raise UserError(f"{name}: not UTF-8 ({e.reason}); convert the file first") from None
+
+
+class Member(tarfile.TarInfo):
+    """A member of an archive, for tarfile to make: it reads headers into memory, however long they say they are."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.type == tarfile.GNUTYPE_SPARSE or (member.type in HEADERS and member.size > BLOCK):
+            raise tarfile.ReadError(f"a sparse file, or a header of {member.size:,} bytes")
+        return member
 
 
 def read_stream(stream, name: str, extract):
@@ -157,7 +169,9 @@ def read_json(stream, name: str):
 
 def read_csv(stream, name: str):
     csv.field_size_limit(LONGEST)
-    rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    # A line longer than any field may be comes in two halves, which is enough for csv to refuse it.
+    rows = csv.DictReader(iter(lambda: text.readline(LONGEST + 1), ""), strict=True)
     try:
         for row in rows:
             yield f"{name}:{rows.line_num}", row

@@ -303,20 +303,6 @@ def test_resume_after_sigterm(tuned, pretrained, tiny_sft, tmp_path):
     same_state(out / "ckpt_000060.pt", tuned / "ckpt_000060.pt")
 
 
-def test_resume_after_kill_9(tuned, pretrained, tiny_sft, tmp_path):
-    """From the newest checkpoint, its metrics cut to it; the curve too is that of the undisturbed run."""
-    out = tmp_path / "out"
-    process = start(pretrained, tiny_sft, out)
-    wait_for_step(process, out, 24)
-    process.kill()
-    process.communicate(timeout=120)
-    step = read_checkpoint(out)["step"]
-    assert step in (20, 40)
-    assert f"resuming at step {step}" in tuned_here(pretrained, tiny_sft, out, resume=True).stdout
-    same_state(out / "ckpt_000060.pt", tuned / "ckpt_000060.pt")
-    assert lines_of(out) == lines_of(tuned)
-
-
 def test_two_processes_tune_as_one(pretrained, tiny_sft, tmp_path):
     """The losses, the gradient norms, the evaluations and the weights, to rounding; what is said is said once."""
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 8}
