@@ -112,6 +112,7 @@ def state_to_resume(s: LoopSettings, model: GPT, parts: dict) -> dict | None:
         return None
     fixed = ["block_size", "batch_size", "gradient_accumulation_steps", "seed", "document_mask"]
     fixed += ["optimizer", "weight_decay", "beta1", "beta2", "lora_rank", "lora_alpha"]
+    fixed += ["loss", "beta", "label_smoothing", "simpo_gamma", "nll_weight"]
     for key in fixed:
         now, then = getattr(s, key, None), state["settings"].get(key)
         if now != then:

@@ -245,16 +245,20 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, cache and cache[layer], positions)  # (B, T, C)
         return self.norm(x)  # (B, T, C)
 
-    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None, last=None):
+    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None, last=None, rows=False):
         """Without targets the logits, (B, T, V); with them, (B, T), the summed loss over those not IGNORE.
 
-        With last, (B,), the logits of that place in each row alone, (B, 1, V).
+        With last, (B,), the logits of that place in each row alone, (B, 1, V). With rows, the loss of each row,
+        (B,), which takes the memory of all logits.
         """
         x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
         if last is not None:
             x = x.gather(1, last[:, None, None].expand(-1, 1, x.size(2)))  # (B, 1, C)
         if targets is None:
             return F.linear(x, self.embedding.weight)  # (B, T, V)
+        if rows:
+            logits = F.linear(x, self.embedding.weight).float()  # (B, T, V)
+            return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
         return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten())
 
     def new_cache(self, batch: int, slots: int, dtype=torch.float32) -> list:

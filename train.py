@@ -387,7 +387,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         due = {name: step % getattr(s, f"{name}_interval") == 0 or done for name in ("log", "eval", "save")}
         due["sample"] = s.sample_interval and (step % s.sample_interval == 0 or done)
         due["save"] |= stopping
-        if due["log"] or due["save"]:
+        if any(due.values()):
             # Only here is a number read back, which makes the CPU wait for the device.
             *columns, norms = torch.stack(recent).t().tolist()
             means = {name: sum(column) / len(column) for name, column in zip(figures, columns, strict=True)}

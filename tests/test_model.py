@@ -24,11 +24,11 @@ def small(**changes):
     return model
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_logits_equal_transformers(qk_norm):
+def as_transformers(ours):
+    """The same weights in the model of transformers that computes the same."""
     transformers = pytest.importorskip("transformers")
-    ours, c = small(qk_norm=qk_norm), ModelConfig(**SHAPE)
-    kind = "Qwen3" if qk_norm else "Llama"
+    c = ours.config
+    kind = "Qwen3" if c.qk_norm else "Llama"
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
@@ -47,8 +47,14 @@ def test_logits_equal_transformers(qk_norm):
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     theirs.tie_weights()
-    tokens = torch.randint(0, c.vocab_size, (3, c.block_size))
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    return theirs
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_logits_equal_transformers(qk_norm):
+    ours = small(qk_norm=qk_norm)
+    tokens = torch.randint(0, ours.config.vocab_size, (3, ours.config.block_size))
+    torch.testing.assert_close(ours(tokens), as_transformers(ours)(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
     python -m tools.eval --ckpt out/demo_sft
     python -m tools.eval --ckpt out/demo --ckpt out/demo_sft --data data/demo_sft --json figures.json
 
-The stories are told in batches and scored by rules; what they score is listed in LABELS.
+The stories are told in batches and scored by the rules of rewards.py; LABELS says in words what they count.
 """
 
 import argparse
-import collections
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,11 @@ from tqdm import tqdm
 from checkpoint import build_model, read_checkpoint
 from device import choose_device
 from disk import replacing
-from instructions import markers, read_constraints, split_list
+from instructions import markers
 from model import IGNORE
 from prepare import UserError, load_tokenizer, run, usage_error
-from sample import add_sampling_options, generate, sampling_options
+from rewards import average, score, tell_and_score
+from sample import add_sampling_options, sampling_options
 from sft import ExampleFile, Settings
 from train import read_meta
 
@@ -38,53 +37,6 @@ LABELS = {
     "length": "characters in a story",
     "bits_per_char": "bits a character of references",
 }
-
-
-def common_subsequence(a: str, b: str) -> int:
-    """The length of the longest common subsequence, by the textbook's table (Cormen et al., 14.4)."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        above = row
-        row = [0]
-        for j, y in enumerate(b):
-            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
-    return row[-1]
-
-
-def sentences_of(text: str) -> list[str]:
-    return [s for s in re.split(r"[。！？.!?“”\"\n]+", text) if s.strip()]
-
-
-def repeated_4grams(text: str) -> float:
-    """The share of a text's 4-grams of characters that have occurred in it before."""
-    grams = [text[i : i + 4] for i in range(len(text) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
-    """What can be said of one story, given what was asked of it; only what applies is in the result."""
-    constraints = constraints or {}
-    found = {"length": len(story), "repeat_4gram": repeated_4grams(story)}
-    if words := split_list(constraints.get("词汇", "")):
-        found["words"] = sum(word in story for word in words) / len(words)
-        found["words_all"] = float(found["words"] == 1)
-    if sentence := constraints.get("随机句子"):
-        found["sentence_exact"] = float(sentence in story)
-        asked = "".join(sentences_of(sentence))
-        nearest = max((common_subsequence(asked, s) for s in sentences_of(story)), default=0)
-        found["sentence_lcs80"] = float(sentence in story or nearest > 0.8 * len(asked))
-    if {"对话", "對話", "Dialogue"} & set(split_list(constraints.get("特点", ""))):
-        found["dialogue"] = float(any(quote in story for quote in '“「『"'))
-    return found
-
-
-def average(scores: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the stories it applies to."""
-    sums = collections.defaultdict(list)
-    for found in scores:
-        for name, value in found.items():
-            sums[name].append(value)
-    return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
 @torch.inference_mode()
@@ -127,13 +79,9 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     for first in tqdm(batches, desc=str(path), unit="batch", disable=None):
         asked = [a for a, _ in examples[first : first + args.batch_size]]
         options["seed"] = args.seed + first  # other chances for other instructions
-        told = torch.stack(list(generate(model, asked, **options)), dim=1)  # (B, T)
-        for prompt, tokens in zip(asked, told.tolist(), strict=True):
-            finished = end in tokens
-            story = tokenizer.decode(tokens[: tokens.index(end)] if finished else tokens)
-            constraints = read_constraints(tokenizer.decode(prompt))
+        for story, scored in tell_and_score(model, tokenizer, asked, **options):
             stories.append(story)
-            scores.append(score(constraints, story) | {"finished": float(finished)})
+            scores.append(scored)
     bits = reference_bits(model, tokenizer, examples, args.batch_size, device)
     references = average([score(None, tokenizer.decode(b)) for _, b in examples])
     figures = average(scores) | {"bits_per_char": bits, "examples": len(examples), "too_long": data.left_out}

@@ -1,0 +1,22 @@
+"""The demo's model learns to prefer the better of two stories, on two CPU cores.
+
+python dpo.py config/demo_dpo.py
+"""
+
+init_from = "out/demo_sft"
+data_dir = "data/demo_sft"
+out_dir = "out/demo_dpo"
+
+instructions = 400
+samples = 4
+
+block_size = 320
+batch_size = 8
+epochs = 2.0
+learning_rate = 0.001
+warmup_iters = 10
+beta = 0.1
+nll_weight = 1.0
+
+eval_interval = 50
+save_interval = 100
