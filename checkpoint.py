@@ -17,6 +17,7 @@ from config import LoopSettings
 from disk import replacing
 from lora import add_lora, merge_lora
 from model import GPT, ModelConfig
+from muon import Muon
 from stories.read import UserError
 
 
@@ -129,7 +130,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Give an optimizer the moments of a checkpoint, but nothing else that its file tells. Raises ValueError."""
     own = optimizer.state_dict()["param_groups"]
     learned = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
     for i, p in enumerate(learned if saved["state"] else ()):  # float16 may have skipped all steps so far
         moments = saved["state"].get(i)
         if not isinstance(moments, dict) or moments.keys() != names:

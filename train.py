@@ -40,6 +40,7 @@ from device import (
     processes,
 )
 from model import GPT, IGNORE, ModelConfig
+from muon import Muon
 from prepare import UserError, checksum, load_tokenizer, run
 from sample import tell
 
@@ -154,11 +155,7 @@ def open_data(s: Settings) -> tuple[TokenFile, TokenFile, dict]:
 
 
 def make_optimizers(model: GPT, settings: LoopSettings) -> list[torch.optim.Optimizer]:
-    """AdamW for all; or Muon for the matrices inside the blocks and AdamW for the rest.
-
-    Muon (Jordan et al. 2024) makes each update of a matrix orthogonal. Scaled as in Liu et al. 2025,
-    arXiv:2502.16982, equation 4, it takes AdamW's learning rate and weight decay.
-    """
+    """AdamW for all; or Muon for the matrices inside the blocks and AdamW for the rest."""
     learned = [p for p in model.parameters() if p.requires_grad]
     hidden = set(model.blocks.parameters()) if settings.optimizer == "muon" else set()
     matrices = [p for p in learned if p in hidden and p.dim() == 2]
@@ -169,8 +166,9 @@ def make_optimizers(model: GPT, settings: LoopSettings) -> list[torch.optim.Opti
     ]
     optimizers = [torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)] if rest else []
     if matrices:
-        muon = torch.optim.Muon(matrices, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        _, fast = choose_device(str(model.embedding.weight.device))
+        dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(matrices, settings.weight_decay, dtype))
     return optimizers
 
 
@@ -387,17 +385,19 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         due = {name: step % getattr(s, f"{name}_interval") == 0 or done for name in ("log", "eval", "save")}
         due["sample"] = s.sample_interval and (step % s.sample_interval == 0 or done)
         due["save"] |= stopping
+        due["log"] |= due["save"]  # a run that resumes there goes on with figures of the same steps
         if any(due.values()):
             # Only here is a number read back, which makes the CPU wait for the device.
             *columns, norms = torch.stack(recent).t().tolist()
-            means = {name: sum(column) / len(column) for name, column in zip(figures, columns, strict=True)}
             for i, (a, b) in enumerate(zip(columns[0], norms, strict=True)):
                 if not math.isfinite(a) or not (math.isfinite(b) or scaler.is_enabled()):
                     at = step - len(recent) + i + 1
                     raise UserError(f"step {at}: loss {a}, gradient norm {b}; stopped; {kept()}")
             if scaler.is_enabled() and scaler.get_scale() < 1:  # from 65,536, halved at each overflow
                 raise UserError(f"step {step}: float16 overflows at every step; stopped; {kept()}; or use float32")
+        if due["log"]:
             if rank == 0:
+                means = {name: sum(column) / len(column) for name, column in zip(figures, columns, strict=True)}
                 speed = len(recent) * tokens_a_step / (time.perf_counter() - clock)
                 line = {"step": step, "tokens": step * tokens_a_step, **means}
                 line |= {"learning_rate": learning_rate_at(step - 1, s)}

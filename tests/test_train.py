@@ -1,6 +1,7 @@
 """Training against independent references, and real runs stopped, killed, resumed and fed with bad input."""
 
 import ast
+import copy
 import functools
 import hashlib
 import itertools
@@ -31,6 +32,7 @@ from hypothesis import strategies as st
 import train
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from model import GPT, IGNORE, ModelConfig
+from muon import Muon, orthogonalized
 from prepare import UserError
 from train import Settings, TokenFile, learning_rate_at
 
@@ -278,6 +280,39 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
         else:
             expected = reference.get_parameter(name).detach() - before[name]
             assert (moved - expected).norm() < 2e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
+def test_muon_moves_as_the_library_has_it(dtype, close):
+    """Five steps beside torch.optim.Muon, which computes in bfloat16: what float32 differs by is rounding."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(16, 16), (16, 40), (40, 16), (16, 16), (48, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs, before = copy.deepcopy(ours), copy.deepcopy(ours)
+    mine = Muon(ours, 0.1, dtype)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    mine.param_groups[0]["lr"] = 0.02
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b, start in zip(ours, theirs, before, strict=True):
+        assert (a - b).norm() < close * (b - start).norm()
+
+
+def test_orthogonalized_keeps_the_directions_and_evens_their_lengths():
+    x = torch.randn(3, 24, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    found = orthogonalized(x)
+    inner = u.mT @ found @ v.mT  # (3, 10, 10), diagonal if no direction was turned
+    lengths = inner.diagonal(dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(lengths)).abs().max() < 1e-9
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):  # the polynomial of each singular value by itself
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    assert torch.allclose(lengths, s, atol=1e-9) and s.min() > 0.6 and s.max() < 1.3
 
 
 def test_learning_rates_by_hand():
