@@ -258,6 +258,8 @@ def tune(s: Settings) -> None:
     if not template:
         raise UserError(f"{source}: has not learned to follow instructions; give a checkpoint of sft.py")
     model = build_model(checkpoint, source)
+    if s.block_size > model.config.block_size:
+        raise UserError(f"block_size = {s.block_size}: {source} reads at most {model.config.block_size} tokens")
     out_dir.mkdir(parents=True, exist_ok=True)
     pairs = out_dir / "pairs.jsonl"
     if not s.pairs and not pairs.exists():

@@ -10,7 +10,7 @@ out_dir = "out/demo_dpo"
 instructions = 400
 samples = 4
 
-block_size = 320
+block_size = 256
 batch_size = 8
 epochs = 2.0
 learning_rate = 0.001

@@ -1100,14 +1100,43 @@ def parallel(data, out, world, prelude=None, **changes):
         port = str(s.getsockname()[1])
     settings_ = "train.py", f"--data_dir={data}", f"--out_dir={out}", *tiny(**changes)
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    return [
-        Process(*settings_, prelude=prelude and prelude(rank), RANK=str(rank), LOCAL_RANK=str(rank), **env)
-        for rank in range(world)
-    ]
+    return [Process(*settings_, prelude=prelude, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(world)]
+
+
+def noting(folder):
+    """A prelude: the loop's loss notes the sequences it is given, a file for each process."""
+
+    def prelude():
+        device.PATIENCE = datetime.timedelta(seconds=8)
+        original, calls = train.next_token_loss, 0
+        notes = open(folder / f"{time.monotonic_ns()}", "w")  # noqa: SIM115 (open as long as it runs)
+
+        def loss(model, batch):
+            nonlocal calls
+            if torch.is_grad_enabled():
+                notes.writelines(json.dumps([calls, row]) + "\n" for row in batch["tokens"].tolist())
+                notes.flush()
+                calls += 1
+            return original(model, batch)
+
+        train.train.__defaults__ = (loss, *train.train.__defaults__[1:])
+
+    return prelude
+
+
+def noted(folder, begun, calls_a_step):
+    """{step: its sequences} of what the processes of a run that began at this step have noted."""
+    found = {}
+    for file in folder.iterdir():
+        for line in file.read_text().split("\n")[:-1]:
+            call, row = json.loads(line)
+            found.setdefault(begun + call // calls_a_step, []).append(row)
+        file.unlink()
+    return found
 
 
 def part_parallel(ground, short):
-    rng, rows, times = rng_of("parallel"), [], 1 if short else 10
+    rng, times, ends = rng_of("parallel"), 1 if short else 10, []
     changes = OFTEN | {"gradient_accumulation_steps": 4, "dtype": "float32", "optimizer": "adamw", "batch_size": 2}
     folder = ground.new("data")  # a small file: 60 steps of 8 sequences are ten epochs of 48
     shutil.copytree(ground.data, folder)
@@ -1117,76 +1146,37 @@ def part_parallel(ground, short):
     alone = ground.new("alone")
     training(folder, alone, **changes).succeeds()
     expected = sorted(tokens[i * 32 : i * 32 + 32].tolist() for i in range(48))
-    ends = []
     for _ in range(times):
         out, notes = ground.new("parallel"), ground.new("notes")
         notes.mkdir()
-
-        def watching(rank, notes=notes):
-            def prelude():
-                device.PATIENCE = datetime.timedelta(seconds=8)
-                original, calls = train.next_token_loss, 0
-                mine = open(notes / f"{time.monotonic_ns()}", "w")  # noqa: SIM115
-
-                def loss(model, batch):
-                    nonlocal calls
-                    if torch.is_grad_enabled():
-                        for row in batch["tokens"].tolist():
-                            mine.write(json.dumps([calls, row]) + "\n")
-                        mine.flush()
-                        calls += 1
-                    return original(model, batch)
-
-                train.train.__defaults__ = (loss, *train.train.__defaults__[1:])
-
-            return prelude
-
-        seen = {}  # step -> the sequences of the last time it was done
-
-        def gather(begun, world, notes=notes, seen=seen):
-            for file in notes.iterdir():
-                lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-                for call, row in lines:
-                    seen.setdefault(begun + call // (4 // world), {}).setdefault(file.name, []).append(row)
-                file.unlink()
-
-        worlds, begun = [2, rng.choice([1, 2, 4]), rng.choice([1, 2])], 0
-        for i, world in enumerate(worlds):
-            both = parallel(folder, out, world, watching, **changes, resume=True)
-            if i < 2 and world > 1:
-                victim, how = rng.randrange(world), rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
-                target = begun + rng.randrange(5, 20)
-                until(both[0], functools.partial(logged, out, target))
-                both[victim].kill(how)
+        begun, seen = 0, {}
+        for world, lost in rng.choice([((2, 1), (4, 1), (1, 0)), ((2, 1), (2, 1), (1, 0)), ((4, 1), (2, 1), (2, 0))]):
+            team = parallel(folder, out, world, noting(notes), **changes, resume=True)
+            if lost:
+                victim = team[rng.randrange(world)]
+                until(team[0], functools.partial(logged, out, begun + rng.randrange(5, 20)))
+                victim.kill(rng.choice([signal.SIGKILL, signal.SIGSTOP]))
                 start = time.monotonic()
-                for rank, process in enumerate(both):
-                    if rank != victim:
+                for process in team:
+                    if process is not victim:
                         process.refused("another process", "--resume=True")
                 ends.append(time.monotonic() - start)
-                both[victim].kill()
+                victim.kill()
             else:
-                for process in both:
+                for process in team:
                     process.succeeds()
-            steps = {s for s in seen if s >= begun}
-            for s in steps:
-                del seen[s]
-            gather(begun, world)
+            seen |= noted(notes, begun, 4 // world)
             begun = max((read_checkpoint(p)["step"] for p in find_checkpoints(out)), default=0)
-            for s in [s for s in seen if s >= begun]:
-                del seen[s]
-            if begun == 60:
-                break
-        rows_ = [[row for part in seen[s].values() for row in part] for s in sorted(seen)]
-        assert sorted(seen) == list(range(60)) and all(len(r) == 8 for r in rows_), list(map(len, rows_))
+            seen = {step: rows for step, rows in seen.items() if step < begun}  # what comes after is done again
+        assert sorted(seen) == list(range(60)), sorted(seen)
         for epoch in range(10):
-            assert sorted(row for step in rows_[epoch * 6 : epoch * 6 + 6] for row in step) == expected, epoch
+            assert sorted(row for step in range(epoch * 6, epoch * 6 + 6) for row in seen[step]) == expected, epoch
         for line, other in zip(lines_of(out), lines_of(alone), strict=True):
             assert line.keys() == other.keys()
             for key in line.keys() - {"grad_norm"}:  # which is the first to show what rounding does
                 assert math.isclose(line[key], other[key], rel_tol=1e-3), (line, other)
-    rows.append(("data-parallel: one process killed or stopped, resumed with another number", len(ends),
-                 f"the others end within {max(ends):.1f} s; every sequence once an epoch"))  # fmt: skip
-    return rows
+    what = "data-parallel: one process killed or stopped, resumed with another number"
+    return [(what, len(ends), f"the others end within {max(ends):.1f} s; every sequence once an epoch")]
 
 
 PARTS = {name.removeprefix("part_"): f for name, f in list(globals().items()) if name.startswith("part_")}
