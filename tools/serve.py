@@ -1,0 +1,383 @@
+"""A web page to play with: it tells the stories of a checkpoint to whoever opens it.
+
+    python -m tools.serve --ckpt out/demo_sft
+    python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080       # for others in your network, too
+
+The page (serve.html) loads nothing from elsewhere. It asks by POST /tell, which may be done by hand:
+
+    curl -N http://127.0.0.1:8000/tell -H "Content-Type: application/json" -d '{"words": "铲子，草地", "seed": 7}'
+
+The answer is a JSON object a line, sent as the story is made: {"seed": 7}, {"ahead": how many wait before this one},
+{"text": a piece}, and {"end": "end", or "full" where the model can read no further}. A refusal is one object, a
+sentence in Chinese ("zh") and in English ("en").
+
+One thread has the model and tells all stories as one batch, which they join and leave at any token. Each has chances
+of its own: a seed tells the story that `sample.py --num 1` tells with it, whoever else is there (but for rounding,
+which is not the same in batches of different sizes).
+"""
+
+import argparse
+import base64
+import collections
+import contextlib
+import hashlib
+import ipaddress
+import json
+import math
+import queue
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+
+from checkpoint import build_model, read_checkpoint
+from device import choose_device
+from instructions import NAMES, markers, write_constraints
+from prepare import UserError, load_tokenizer, run, usage_error
+from sample import choose, cleaned, prefill
+
+PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
+TEXTS = (*NAMES.values(), "prompt")
+NUMBERS = {"temperature": (0, 2), "top_p": (0.01, 1), "seed": (0, 2**53)}  # the seed as large as JavaScript can count
+TOP_K = 50
+LONGEST = 1024  # tokens of an instruction and its story
+LARGEST = 16 << 10  # bytes of a request
+WAITING = 32  # stories in the queue
+CONNECTIONS = 64  # open at once
+PATIENCE = 10  # seconds for a request to arrive, or for a piece of the story to be taken
+
+
+class Refusal(Exception):
+    """What a visitor cannot have: the status, a sentence in Chinese and in English, perhaps a header."""
+
+    def __init__(self, status: int, zh: str, en: str, **headers):
+        self.status, self.sentence, self.headers = status, {"zh": zh, "en": en}, headers
+
+
+@dataclass(eq=False)
+class Story:
+    """A story asked for. `told` is given its tokens as they are made, each with whether it is the last."""
+
+    prompt: list[int]
+    beginning: list[int]  # the end of the prompt that is part of the story
+    temperature: float
+    top_p: float
+    seed: int
+    stopped: bool = False  # nobody listens any more
+    told: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+
+class Teller:
+    """The model, and the stories that wait for it. `work` runs in one thread; the rest may be called from any."""
+
+    def __init__(self, model, tokenizer, template: str | None, batch: int):
+        self.model, self.tokenizer, self.template, self.batch = model, tokenizer, template, batch
+        self.room = min(model.config.block_size, LONGEST)
+        self.waiting, self.closed = [], False
+        self.changed = threading.Condition()  # guards these two
+
+    def add(self, story: Story) -> None:
+        with self.changed:
+            if len(self.waiting) == WAITING:
+                full = "等着听故事的人太多了，请过一会儿再来。", "Too many are waiting; please come back later."
+                raise Refusal(503, *full, retry_after=10)
+            self.waiting.append(story)
+            self.changed.notify()
+
+    def ahead(self, story: Story) -> int:
+        with self.changed:
+            return self.waiting.index(story) if story in self.waiting else 0
+
+    def drop(self, story: Story) -> None:
+        with self.changed:
+            story.stopped = True
+            if story in self.waiting:
+                self.waiting.remove(story)
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+    @torch.inference_mode()
+    def work(self) -> None:
+        """Tell stories until closed, a token of each at a time. Between two tokens stories come and go."""
+        end, weight = self.tokenizer.eos_id(), self.model.embedding.weight
+        telling, chances = [], []  # B stories, and the generator of each
+        last = torch.empty(0, dtype=torch.long, device=weight.device)  # (B,), where the last token of each stands
+        logits = weight.new_empty(0, weight.size(0))  # (B, V)
+        cache = self.model.new_cache(0, self.room, weight.dtype)
+        while True:
+            with self.changed:
+                while not (telling or self.waiting or self.closed):
+                    self.changed.wait()
+                if self.closed:
+                    return
+                free = self.batch - len(telling)
+                new, self.waiting = self.waiting[:free], self.waiting[free:]
+            if new:
+                more_logits, more_last, _, filled = prefill(self.model, [story.prompt for story in new], self.room)
+                logits, last = torch.cat((logits, more_logits)), torch.cat((last, more_last))  # (B, V), (B,)
+                for layer, more in zip(cache, filled, strict=True):
+                    layer[:] = map(torch.cat, zip(layer, more, strict=True))  # (B, K, S, D) each
+                telling += new
+                chances += [torch.Generator(weight.device).manual_seed(story.seed) for story in new]
+            drawn = [  # row by row, for each has settings and chances of its own
+                choose(row[None], None, story.temperature, TOP_K, story.top_p, 1.0, generator)  # (1,)
+                for row, story, generator in zip(logits, telling, chances, strict=True)
+            ]
+            token, last, stay = torch.cat(drawn), last + 1, []  # (B,), (B,)
+            for i, (story, t, place) in enumerate(zip(telling, token.tolist(), last.tolist(), strict=True)):
+                done = t == end or place == self.room - 1
+                story.told.put((t, done))
+                if not done and not story.stopped:
+                    stay.append(i)
+            if len(stay) < len(telling):
+                telling, chances = [telling[i] for i in stay], [chances[i] for i in stay]
+                token, last, logits = token[stay], last[stay], logits[stay]  # (B,), (B,), (B, V)
+                for layer in cache:
+                    layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
+            if telling:
+                logits = self.model(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
+
+
+def read_story(body: bytes, teller: Teller) -> Story:
+    """The story that a request asks for. Raises Refusal naming the key."""
+    try:
+        asked = json.loads(body.decode())
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict):
+        raise Refusal(400, "请求须是一个 JSON 对象。", "The request must be a JSON object.")
+    usual = dict.fromkeys(TEXTS, "") | {"temperature": 0.8, "top_p": 0.95, "seed": random.randrange(1 << 31)}
+    asked = usual | asked
+    for key, value in asked.items():
+        least, most = NUMBERS.get(key, (0, 0))
+        if key not in usual:
+            raise Refusal(400, f"没有 {key[:40]!r} 这一项。", f"There is no key {key[:40]!r}.")
+        if key in TEXTS and not isinstance(value, str):
+            raise Refusal(400, f"{key} 须是文字。", f"{key} must be text.")
+        kinds = (int,) if key == "seed" else (int, float)
+        if key in NUMBERS and not (type(value) in kinds and least <= value <= most):
+            raise Refusal(400, f"{key} 须在 {least} 与 {most} 之间。", f"{key} must lie between {least} and {most}.")
+    prompt = [teller.tokenizer.eos_id()]  # a story begins where another has ended
+    try:
+        beginning = teller.tokenizer.encode(cleaned(asked["prompt"]))
+        if instruction := cleaned(write_constraints({name: asked[key] for name, key in NAMES.items()})):
+            if not teller.template:
+                raise Refusal(400, "这个模型只会续写：请给 prompt。", "This model only goes on writing: give a prompt.")
+            before, answer = markers(teller.template, teller.tokenizer)
+            prompt += before + teller.tokenizer.encode(instruction) + answer
+    except UserError:
+        raise Refusal(400, "文字里有半个字符。", "The text holds half a character.") from None
+    prompt += beginning
+    if (n := len(prompt)) >= teller.room:
+        most = teller.room - 1
+        raise Refusal(400, f"太长了：{n} 个词元，最多 {most} 个。", f"Too long: {n} tokens, at most {most} fit.")
+    return Story(prompt, beginning, asked["temperature"], asked["top_p"], asked["seed"])
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection, and bounds on their number and on what an address may ask."""
+
+    request_queue_size = CONNECTIONS
+
+    def __init__(self, host: str, port: int, teller: Teller, per_minute: int):
+        self.teller, self.per_minute, self.lock = teller, per_minute, threading.Lock()
+        self.recent = collections.deque(maxlen=10_000)  # (time, address) of what was asked in the last minute
+        self.deadlines = {}  # of every connection: when its request must have arrived
+        self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        super().__init__(address[:2], Visit)
+        # A page elsewhere could have its own name lead here (DNS rebinding): at home only these are answered.
+        loopback = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.names = {"localhost", "127.0.0.1", "[::1]", host} if loopback else None
+        page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+        page = page.replace("{{tuned}}", "yes" if teller.template else "no")
+        page = page.replace("{{parameters}}", str(teller.model.count_parameters()))
+        self.policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        self.policy += "frame-ancestors 'none'"
+        for tag in ("style", "script"):  # what stands in the page may run, and nothing else
+            digest = hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1].encode()).digest()
+            self.policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
+        self.page = page.encode()
+
+    def count(self, address: str) -> None:
+        """Take note of a request. Raises Refusal when the address has had its share of this minute."""
+        with self.lock:
+            now = time.monotonic()
+            times = [then for then, who in self.recent if who == address and then > now - 60]
+            if len(times) >= self.per_minute:
+                wait = math.ceil(times[0] + 60 - now)
+                sentences = f"问得太勤了，请等 {wait} 秒。", f"Too many requests; please wait {wait} seconds."
+                raise Refusal(429, *sentences, retry_after=wait)
+            self.recent.append((now, address))
+
+    def verify_request(self, request, client_address) -> bool:
+        if len(self.deadlines) < CONNECTIONS:
+            self.deadlines[request] = time.monotonic() + PATIENCE
+            return True
+        with contextlib.suppress(OSError):
+            request.send(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 10\r\n\r\n")
+        return False
+
+    def service_actions(self) -> None:
+        """Called twice a second or more often: a byte now and then does not keep a connection open."""
+        for request, deadline in list(self.deadlines.items()):
+            if deadline < time.monotonic():
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)  # its thread reads the end
+
+    def shutdown_request(self, request) -> None:
+        self.deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a visitor who goes away is no error
+            super().handle_error(request, client_address)
+
+
+class Visit(BaseHTTPRequestHandler):
+    """A connection. It is closed after one answer (HTTP/1.0), so that a story needs no framing."""
+
+    timeout = PATIENCE  # of each read and write
+    disable_nagle_algorithm = True  # a piece of the story does not wait for the next
+    server_version, sys_version = "microstories", ""
+    error_message_format, error_content_type = "%(code)d %(message)s\n", "text/plain; charset=utf-8"
+
+    def do_GET(self) -> None:
+        try:
+            story = self.answer()
+        except Refusal as e:
+            self.send(e.status, "application/json", json.dumps(e.sentence, ensure_ascii=False).encode(), **e.headers)
+            # Closed while bytes are unread, the connection would be reset, and the answer lost on its way.
+            self.connection.shutdown(socket.SHUT_WR)
+            for _ in range(16):
+                if not self.rfile.read1(1 << 16):
+                    break
+            return
+        if story:
+            try:
+                self.tell(story)
+            finally:
+                self.server.teller.drop(story)
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
+
+    def send(self, status: int, kind: str, body: bytes = b"", **headers) -> None:
+        self.send_response(status)
+        headers |= {"content_type": kind, "cache_control": "no-store", "x_content_type_options": "nosniff"}
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer(self) -> Story | None:
+        """Send the page, or queue the story asked for. Raises Refusal."""
+        host = re.sub(r":\d*$", "", self.headers.get("Host", "")).lower()
+        if self.server.names and host not in self.server.names:
+            raise Refusal(403, "请用 localhost 打开。", "Open this page as localhost.")
+        methods = PATHS.get(self.path.partition("?")[0])
+        if not methods:
+            raise Refusal(404, "没有这一页。", "There is no such page.")
+        if self.command not in methods:
+            raise Refusal(405, "这一页不能这样请求。", f"Only {' and '.join(methods)} here.", allow=", ".join(methods))
+        if self.command != "POST":
+            more = {"content_security_policy": self.server.policy, "referrer_policy": "no-referrer"}
+            self.send(200, "text/html; charset=utf-8", self.server.page, **more)
+            return None
+        self.server.count(self.client_address[0])
+        if self.headers.get_content_type() != "application/json":  # which no other site's page can send unasked
+            raise Refusal(415, "Content-Type 须是 application/json。", "Content-Type must be application/json.")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]+", length):
+            raise Refusal(411, "缺少 Content-Length。", "Content-Length is missing.")
+        if len(length) > 9 or int(length) > LARGEST:
+            raise Refusal(413, f"请求太大，最多 {LARGEST} 字节。", f"Too large: at most {LARGEST} bytes.")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise Refusal(408, "请求没有发完。", "The request did not arrive whole.")
+        self.server.deadlines[self.connection] = math.inf
+        story = read_story(body, self.server.teller)
+        self.server.teller.add(story)
+        return story
+
+    def tell(self, story: Story) -> None:
+        """Send the story as it is made. That a visitor has gone shows when sending fails."""
+        teller, tokens, written, done = self.server.teller, list(story.beginning), 0, False
+        self.send(200, "application/x-ndjson")
+        self.line(seed=story.seed)
+        self.line(ahead=teller.ahead(story))
+        while not done:
+            try:
+                token, done = story.told.get(timeout=1)
+            except queue.Empty:
+                self.line(ahead=teller.ahead(story))
+                continue
+            ended = token == teller.tokenizer.eos_id()
+            tokens += [] if ended else [token]
+            text = teller.tokenizer.decode(tokens)
+            text = text.rstrip("\ufffd") if done else text  # the end may be half a character
+            if text[written:] and not text.endswith("\ufffd"):  # the last token may be only a part of a character
+                self.line(text=text[written:])
+                written = len(text)
+        self.line(end="end" if ended else "full")
+
+    def line(self, **said) -> None:
+        self.wfile.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tell stories on a web page.", allow_abbrev=False)
+    parser.error = usage_error
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: for others, too")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--batch", type=int, default=8, help="stories told at once; further ones wait")
+    parser.add_argument("--per_minute", type=int, default=30, help="stories an address may ask for in a minute")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: less exact")
+    args = parser.parse_args()
+    for key, least, most in (("port", 0, 65535), ("batch", 1, 256), ("per_minute", 1, 9999)):
+        if not least <= getattr(args, key) <= most:
+            raise UserError(f"--{key} {getattr(args, key)}: must lie between {least} and {most}")
+    device, _ = choose_device(args.device)
+    checkpoint = read_checkpoint(args.ckpt)
+    model = build_model(checkpoint, args.ckpt).to(device, getattr(torch, args.dtype)).eval()
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
+    if tokenizer.vocab_size() != model.config.vocab_size:
+        raise UserError(f"{args.ckpt}: the tokenizer in it has not as many pieces as the model")
+    if template := checkpoint.get("template"):
+        markers(template, tokenizer)  # raises UserError
+    teller = Teller(model, tokenizer, template, args.batch)
+    try:
+        server = Server(args.host, args.port, teller, args.per_minute)
+    except OSError as e:
+        raise UserError(f"--host {args.host} --port {args.port}: {e.strerror}; choose another") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with server, ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(teller.work)
+        worker.add_done_callback(lambda done: done.exception() and server.shutdown())
+        try:
+            name = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"telling stories at http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            teller.close()
+    worker.result()  # raises what ended it, if anything did
+
+
+if __name__ == "__main__":
+    run(main)
