@@ -1,19 +1,24 @@
 """The demo's model learns to prefer the better of two stories, on two CPU cores.
 
-python dpo.py config/demo_dpo.py
+    python dpo.py config/demo_dpo.py
+
+Stories it tells itself, the best of four against the worst; about 400 pairs, twice. A low learning rate: at three
+times as much it forgets more than it learns (docs/benchmarks.md).
 """
 
 init_from = "out/demo_sft"
 data_dir = "data/demo_sft"
 out_dir = "out/demo_dpo"
 
-instructions = 400
+instructions = 528
 samples = 4
+reference_chosen = False
 
 block_size = 256
 batch_size = 8
 epochs = 2.0
-learning_rate = 0.001
+optimizer = "adamw"
+learning_rate = 0.0001
 warmup_iters = 10
 beta = 0.1
 nll_weight = 1.0

@@ -9,6 +9,7 @@ from conftest import ROOT, assert_one_line_error, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dpo
 import sft
 import train
 from config import load_settings, read_config
@@ -177,7 +178,7 @@ def test_missing_file_and_folder(refused, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_our_own_configs_load(path):
-    kind = sft.Settings if path.stem.endswith("_sft") else Settings
+    kind = {"sft": sft.Settings, "dpo": dpo.Settings}.get(path.stem.rpartition("_")[2], Settings)
     assert load_settings([str(path)], kind, "") != kind()
 
 

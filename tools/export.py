@@ -1,0 +1,330 @@
+"""Take a checkpoint to Hugging Face's format, or bring one back. Needs safetensors (pip install safetensors).
+
+    python -m tools.export --ckpt out/microstories --out_dir hf/microstories
+    python -m tools.export --from_hf hf/microstories --out_dir out/back
+
+The folder holds config.json, model.safetensors, the tokenizer with its chat template, generation_config.json and
+a model card; transformers loads it as Qwen3 (with QK-norm) or Llama (without), and computes the same.
+README.md says how to load it there.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from checkpoint import build_model, read_checkpoint, save_checkpoint
+from disk import replacing, sync_folder
+from instructions import markers
+from model import GPT, ModelConfig
+from prepare import UserError, load_tokenizer, run, usage_error
+from tools.plot import read_metrics
+
+# Ours to theirs, replaced one after the other.
+NAMES = {
+    "embedding.": "model.embed_tokens.",
+    "blocks.": "model.layers.",
+    "attention_norm.": "input_layernorm.",
+    "mlp_norm.": "post_attention_layernorm.",
+    "attention.": "self_attn.",
+}
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "n_embd": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+# What their configs may say, and the only values this program has; the first is written.
+FIXED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+}
+KEPT = {"settings": dict, "step": int, "template": str}  # of a checkpoint, in config.json, for the way back
+
+
+def their_name(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return f"model.{name}" if name == "norm.weight" else name
+
+
+def our_name(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name.removeprefix("model.")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """A folder to fill, which becomes `path` when the body ends: whole, or not at all."""
+    final = Path(os.path.abspath(path))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{final.name}.", dir=final.parent) as beside:
+        folder = Path(beside, final.name)
+        folder.mkdir()
+        yield folder
+        os.replace(folder, final)  # the system refuses it if something has come to lie there
+        sync_folder(final.parent)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Out
+
+
+def last_merge(piece: str, scores: dict[str, float]) -> list[str] | None:
+    """The two pieces that BPE joins last to make this one; None if it never makes it.
+
+    It joins the two neighbours whose union has the best score, the leftmost of equals. Where a piece arises inside
+    a longer text nothing reached across its ends, so what it was joined from is the same in every text.
+    """
+    parts = list(piece)
+    while len(parts) > 2:
+        unions = [a + b for a, b in itertools.pairwise(parts)]
+        best = max(range(len(unions)), key=lambda i: scores.get(unions[i], -math.inf))
+        if unions[best] not in scores:
+            return None
+        parts[best : best + 2] = [unions[best]]
+    return parts
+
+
+def tokenizer_json(tokenizer) -> dict:
+    """A byte-fallback BPE of SentencePiece as the `tokenizers` package writes it. Raises UserError.
+
+    SentencePiece goes by the score of what two neighbours become, tokenizers by the place of the pair in a list.
+    """
+    ids = range(tokenizer.vocab_size())
+    pieces = [tokenizer.id_to_piece(i) for i in ids]
+    special = [i for i in ids if tokenizer.is_control(i) or tokenizer.is_unknown(i)]
+    rest = set(ids).difference(special, filter(tokenizer.is_byte, ids))
+    scores = {pieces[i]: tokenizer.get_score(i) for i in rest}
+    ranked = sorted(scores, key=scores.get, reverse=True)
+    # BPE numbers its pieces; a piece the user defined, or another algorithm, has other scores.
+    ours = [scores[piece] for piece in ranked] == [-i for i in range(len(rest))]
+    ours &= set("".join(ranked)) <= scores.keys() - {" "}  # each of its characters is one too
+    # All characters but the one that stands for a space, two that have a composed form, and spaces in odd places.
+    text = "".join(map(chr, [*range(0x2581), *range(0x2582, 0xD800), *range(0xE000, 0x30000)]))
+    text = f"  {text}e\u0301  \n "
+    ours &= tokenizer.decode(tokenizer.encode(text)) == text and "▁" not in "".join(
+        tokenizer.encode("从", out_type=str)
+    )
+    if not ours or any(map(tokenizer.is_unused, ids)):
+        raise UserError("its tokenizer is not like prepare.py's (BPE that changes no character): it cannot be exported")
+    merges = [merge for piece in ranked if len(piece) > 1 and (merge := last_merge(piece, scores))]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spaces = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in ((" ", "▁"), ("▁", " "))]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": pieces[i], **plain} for i in special],
+        "normalizer": spaces[0],
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [spaces[1], {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[tokenizer.unk_id()],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": merges,
+        },
+    }
+
+
+def chat_template(template: str, tokenizer) -> str:
+    """Jinja for what a checkpoint's template says: a text begins where another has ended."""
+    end = tokenizer.id_to_piece(tokenizer.eos_id())
+    before, after = ("".join(map(tokenizer.id_to_piece, ids)) for ids in markers(template, tokenizer))
+    return (
+        f"{end}{{%- for message in messages -%}}{{%- if message['role'] == 'user' -%}}{before}"
+        f"{{{{- message['content'] | trim -}}}}{{%- elif message['role'] == 'assistant' -%}}{after}"
+        f"{{{{- message['content'] | trim -}}}}{end}{{%- else -%}}"
+        f"{{{{- raise_exception('there are only user and assistant, no ' + message['role']) -}}}}{{%- endif -%}}"
+        f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{after}{{%- endif -%}}"
+    )
+
+
+def model_card(path: Path, checkpoint: dict, parameters: int) -> str:
+    """What is known of a checkpoint: its size, its settings, and the last figures of its run."""
+    metrics = (path if path.is_dir() else path.parent) / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.exists() else []
+    last = {k: v for line in lines if line["step"] <= checkpoint["step"] for k, v in line.items()}
+    rows = {"parameters": parameters, "steps": checkpoint["step"]}
+    names = ("tokens", "loss", "val_loss", "val_perplexity", "val_bits_per_character", "val_accuracy", "val_margin")
+    rows |= {name: last[name] for name in names if last.get(name) is not None}
+    table = "\n".join(f"| {k} | {f'{v:,}' if isinstance(v, int) else f'{v:.4f}'} |" for k, v in rows.items())
+    settings = "\n".join(f"    {name} = {value!r}" for name, value in checkpoint["settings"].items())
+    usage = "" if checkpoint.get("template") else "A story begins where another has ended: put the end token first.\n\n"
+    return (
+        "---\nlanguage: zh\npipeline_tag: text-generation\nlibrary_name: transformers\n---\n\n# A teller of Chinese "
+        f"micro-stories\n\n{usage}| | |\n| --- | --- |\n{table}\n\nThe settings it was trained with:\n\n{settings}\n"
+    )
+
+
+def export(path: Path, out_dir: Path) -> None:
+    """Write the folder, whole or not at all. Raises UserError."""
+    from safetensors.torch import save
+
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint, path)
+    tokenizer, c = load_tokenizer(checkpoint["tokenizer"], f"{path} (tokenizer)"), model.config
+    if tokenizer.vocab_size() != c.vocab_size:
+        raise UserError(f"{path}: {tokenizer.vocab_size():,} pieces in the tokenizer, {c.vocab_size:,} in the model")
+    end, kind = tokenizer.eos_id(), "Qwen3" if c.qk_norm else "Llama"
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config = {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        **{theirs: getattr(c, ours) for ours, theirs in SHAPE.items()},
+        **{name: values[0] for name, values in FIXED.items()},
+        "rope_theta": c.rope_theta,  # once here, and once where transformers 5 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        **ids,
+        "microstories": {name: checkpoint[name] for name in KEPT if name in checkpoint},
+    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size}
+    settings |= {"clean_up_tokenization_spaces": False, "add_prefix_space": False}
+    names = {"bos_token": end, "eos_token": end, "pad_token": end, "unk_token": tokenizer.unk_id()}
+    settings |= {name: tokenizer.id_to_piece(i) for name, i in names.items()}
+    if checkpoint.get("template"):
+        settings["chat_template"] = chat_template(checkpoint["template"], tokenizer)
+    files = {
+        "config.json": config,
+        "generation_config.json": {**ids, "do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
+        "tokenizer.json": tokenizer_json(tokenizer),
+        "tokenizer_config.json": settings,
+        "README.md": model_card(path, checkpoint, model.count_parameters()).encode(),
+        "tokenizer.model": checkpoint["tokenizer"],
+        "model.safetensors": save({their_name(n): w for n, w in model.state_dict().items()}, {"format": "pt"}),
+    }
+    with new_folder(out_dir) as folder:
+        for name, content in files.items():
+            if isinstance(content, dict):  # pieces can be read; a path among the settings need not be UTF-8
+                content = json.dumps(content, indent=2, ensure_ascii=name != "tokenizer.json").encode() + b"\n"
+            with replacing(folder / name) as f:
+                f.write(content)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Back
+
+
+def read_config(path: Path) -> tuple[dict, dict, bool]:
+    """Of a config.json: the model's shape, what it keeps of a checkpoint, whether its output matrix is its embedding.
+    Raises UserError."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        known = FIXED | {"model_type": ("qwen3", "llama")}
+        for name, values in known.items():
+            if config.get(name) not in values:
+                raise ValueError(f"{name} = {config.get(name)!r}: this program has only {values[0]!r}")
+        if set(config.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError("layer_types: this program has only 'full_attention'")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
+            raise ValueError("rope_type or a scaling of it: this program has only 'default'")
+        if config["model_type"] == "llama":  # the first ones did without these
+            config.setdefault("num_key_value_heads", config["num_attention_heads"])
+            config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        shape = {ours: config[theirs] for ours, theirs in SHAPE.items()}
+        shape |= {"rope_theta": rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"]}
+        for name, value in shape.items():
+            if name in ("norm_eps", "rope_theta"):
+                shape[name] = float(value)
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise ValueError(f"{name} = {value!r} is no number above 0")
+            elif type(value) is not int:
+                raise ValueError(f"{SHAPE[name]} = {value!r} is no whole number")
+        shape["qk_norm"] = config["model_type"] == "qwen3"
+        ModelConfig(**shape)
+        kept = {"settings": {}, "step": 0} | {k: v for k, v in config.get("microstories", {}).items() if k in KEPT}
+        if any(type(kept[name]) is not KEPT[name] for name in kept) or not 0 <= kept["step"] < 10**9:
+            raise ValueError("microstories: its settings, step and template are none")
+        if any(type(value) not in (bool, int, float, str) for value in kept["settings"].values()):
+            raise ValueError("microstories: its settings are no text and numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        reason = f"{e} is missing" if isinstance(e, KeyError) else str(e).splitlines()[0]
+        raise UserError(f"{path}: not a model that can be read ({reason})") from None
+    return shape, kept, config.get("tie_word_embeddings") is True
+
+
+def bring_back(folder: Path, out_dir: Path) -> None:
+    """Write a checkpoint made of a Hugging Face folder of a Qwen3 or a Llama. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    shape, kept, tied = read_config(folder / "config.json")
+    file, tokenizer_file = folder / "model.safetensors", folder / "tokenizer.model"
+    if (folder / "model.safetensors.index.json").exists():
+        raise UserError(f"{folder}: weights in several files; save them as one (max_shard_size in transformers)")
+    for path in (file, tokenizer_file):
+        if not path.exists():
+            raise UserError(f"{path}: is missing; this program needs safetensors and a SentencePiece tokenizer")
+    tokenizer = load_tokenizer(proto := tokenizer_file.read_bytes(), str(tokenizer_file))
+    if tokenizer.vocab_size() != shape["vocab_size"]:
+        raise UserError(f"{folder}: {tokenizer.vocab_size():,} pieces in the tokenizer, {shape['vocab_size']:,} in the "
+                        "model; this program needs as many")  # fmt: skip
+    try:
+        if "template" in kept:
+            markers(kept["template"], tokenizer)
+        weights = load_file(file)
+    except (UserError, SafetensorError, ValueError, RuntimeError) as e:
+        raise UserError(f"{folder}: cannot be read ({str(e).splitlines()[0]})") from None
+    head, embedding = weights.pop("lm_head.weight", None), weights.get("model.embed_tokens.weight")
+    if embedding is None or not (tied if head is None else torch.equal(head, embedding)):
+        raise UserError(f"{file}: the output matrix is not the embedding; this program has one for both")
+    tiny = ModelConfig(1, 1, 1, 1, 1, 2, 1, 1, qk_norm=shape["qk_norm"])  # has the same names
+    known = set(map(their_name, GPT(tiny).state_dict()))
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{file}: {name} is {weight.dtype}; float32, bfloat16 and float16 can be read")
+        if re.sub(r"layers\.\d+", "layers.0", name) not in known:
+            raise UserError(f"{file}: {name} is no weight of this program's models")
+    state = {"model": {our_name(name): weight.float() for name, weight in weights.items()}, "model_config": shape}
+    model = build_model(state, file)  # do weights and shape fit?
+    with new_folder(out_dir) as new:
+        state |= {**kept, "model": model.state_dict(), "tokenizer": proto}
+        save_checkpoint(new / f"ckpt_{kept['step']:06d}.pt", state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="To Hugging Face's format and back.", allow_abbrev=False)
+    parser.error = usage_error
+    parser.add_argument("--ckpt", type=Path, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--from_hf", type=Path, metavar="DIR", help="a Hugging Face folder to bring back")
+    parser.add_argument("--out_dir", type=Path, required=True, help="a folder that is not there yet")
+    args = parser.parse_args()
+    if bool(args.ckpt) == bool(args.from_hf):
+        raise UserError("give either --ckpt or --from_hf")
+    if args.out_dir.exists() and (not args.out_dir.is_dir() or any(args.out_dir.iterdir())):
+        raise UserError(f"{args.out_dir}: is there already; choose another --out_dir")
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        raise UserError("safetensors is missing: pip install safetensors") from None
+    if args.ckpt:
+        export(args.ckpt, args.out_dir)
+    else:
+        bring_back(args.from_hf, args.out_dir)
+    print(f"wrote {args.out_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
