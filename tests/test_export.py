@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,18 @@ def test_the_same_greedy_story(words, theirs, their_tokenizer, tuned, monkeypatc
     assert ids == prompts[0]
     told = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :]
     assert done.stdout == their_tokenizer.decode(told, skip_special_tokens=True) + "\n" and len(done.stdout) > 20
+
+
+def test_the_documented_snippet(folder, capsys):
+    """docs/export.md, word for word."""
+    text = (Path(tools.export.__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "hf/demo_sft" in snippet
+    found = {}
+    exec(snippet.replace("hf/demo_sft", str(folder)), found)
+    told = capsys.readouterr().out.removesuffix("\n")
+    assert told == found["tokenizer"].decode(found["story"], skip_special_tokens=True)
+    assert 20 < len(found["story"]) <= 256 - found["asked"]["input_ids"].size(1)
 
 
 def test_a_conversation(their_tokenizer, our_tokenizer):

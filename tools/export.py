@@ -101,7 +101,7 @@ def last_merge(piece: str, scores: dict[str, float]) -> list[str] | None:
     return parts
 
 
-def tokenizer_json(tokenizer) -> dict:
+def tokenizer_json(tokenizer, path: Path) -> dict:
     """A byte-fallback BPE of SentencePiece as the `tokenizers` package writes it. Raises UserError.
 
     SentencePiece goes by the score of what two neighbours become, tokenizers by the place of the pair in a list.
@@ -111,7 +111,7 @@ def tokenizer_json(tokenizer) -> dict:
     special = [i for i in ids if tokenizer.is_control(i) or tokenizer.is_unknown(i)]
     rest = set(ids).difference(special, filter(tokenizer.is_byte, ids))
     scores = {pieces[i]: tokenizer.get_score(i) for i in rest}
-    ranked = sorted(scores, key=scores.get, reverse=True)
+    ranked = sorted(scores, key=lambda piece: -scores[piece])
     # BPE numbers its pieces; a piece the user defined, or another algorithm, has other scores.
     ours = [scores[piece] for piece in ranked] == [-i for i in range(len(rest))]
     ours &= set("".join(ranked)) <= scores.keys() - {" "}  # each of its characters is one too
@@ -122,7 +122,7 @@ def tokenizer_json(tokenizer) -> dict:
         tokenizer.encode("从", out_type=str)
     )
     if not ours or any(map(tokenizer.is_unused, ids)):
-        raise UserError("its tokenizer is not like prepare.py's (BPE that changes no character): it cannot be exported")
+        raise UserError(f"{path}: cannot be exported: its tokenizer is no byte-fallback BPE that keeps every character")
     merges = [merge for piece in ranked if len(piece) > 1 and (merge := last_merge(piece, scores))]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spaces = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in ((" ", "▁"), ("▁", " "))]
@@ -205,10 +205,11 @@ def export(path: Path, out_dir: Path) -> None:
     settings |= {name: tokenizer.id_to_piece(i) for name, i in names.items()}
     if checkpoint.get("template"):
         settings["chat_template"] = chat_template(checkpoint["template"], tokenizer)
-    files = {
+    how = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "max_length": c.block_size}
+    files: dict[str, dict | bytes] = {
         "config.json": config,
-        "generation_config.json": {**ids, "do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
-        "tokenizer.json": tokenizer_json(tokenizer),
+        "generation_config.json": ids | how,
+        "tokenizer.json": tokenizer_json(tokenizer, path),
         "tokenizer_config.json": settings,
         "README.md": model_card(path, checkpoint, model.count_parameters()).encode(),
         "tokenizer.model": checkpoint["tokenizer"],
@@ -297,7 +298,7 @@ def bring_back(folder: Path, out_dir: Path) -> None:
             raise UserError(f"{file}: {name} is {weight.dtype}; float32, bfloat16 and float16 can be read")
         if re.sub(r"layers\.\d+", "layers.0", name) not in known:
             raise UserError(f"{file}: {name} is no weight of this program's models")
-    state = {"model": {our_name(name): weight.float() for name, weight in weights.items()}, "model_config": shape}
+    state: dict = {"model": {our_name(name): weight.float() for name, weight in weights.items()}, "model_config": shape}
     model = build_model(state, file)  # do weights and shape fit?
     with new_folder(out_dir) as new:
         state |= {**kept, "model": model.state_dict(), "tokenizer": proto}

@@ -61,7 +61,7 @@ def draw(runs: dict[str, list[dict]], x: str, smooth: float, file, kind: str) ->
     fonts = ["DejaVu Sans", *sorted(CJK & {font.name for font in fontManager.ttflist}, reverse=True)]
     drawable = set().union(*(get_font(findfont(font)).get_charmap() for font in fonts))
     names = [name if drawable.issuperset(map(ord, name)) else f"run {i}" for i, name in enumerate(runs, 1)]
-    looks = [{"color": COLOURS[i % 6], "linestyle": DASHES[i % 4], "linewidth": 1.5} for i in range(len(runs))]
+    looks: list[dict] = [{"color": COLOURS[i % 6], "linestyle": DASHES[i % 4]} for i in range(len(runs))]
     there = {key for lines in runs.values() for line in lines for key in line}
     panels = [key for key in PANELS if {key, f"val_{key}"} & there]
     rows = math.ceil(len(panels) / 2)
@@ -92,7 +92,8 @@ def draw(runs: dict[str, list[dict]], x: str, smooth: float, file, kind: str) ->
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         handles = [Line2D([], [], **look) for look in looks]
-        legend = figure.legend(handles, ["run"] * len(names), loc="outside upper center", ncols=3, frameon=False)
+        columns = 3 if max(map(len, names)) < 30 else 1
+        legend = figure.legend(handles, ["run"] * len(names), loc="outside upper center", ncols=columns, frameon=False)
         for text, name in zip(legend.get_texts(), names, strict=True):  # so neither a first _ nor a $ is special
             text.set(text=name, parse_math=False)
         figure.savefig(file, format=kind, dpi=150)
@@ -116,7 +117,7 @@ def main() -> None:
         raise UserError(f"--out {out}: must end in .png or .svg")
     runs = {str(path): read_metrics(path / "metrics.jsonl" if path.is_dir() else path) for path in args.runs}
     for path, lines in runs.items():
-        if not any(PANELS.keys() & line for line in lines):
+        if not PANELS.keys() & {key.removeprefix("val_") for line in lines for key in line}:
             raise UserError(f"{path}: its metrics.jsonl holds no line yet; wait for the first")
     try:
         import matplotlib  # noqa: F401
