@@ -41,8 +41,8 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: no such file or folder")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) or sum(p.file_size for p in parts) > path.stat().st_size:
+            members = archive.infolist()
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
                 raise ValueError("compressed parts, or parts that overlap")  # a small file that fills the memory
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")

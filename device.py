@@ -10,6 +10,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compile_model(model: torch.nn.Module, device: torch.device):
+def compile_model(model: Callable, device: torch.device):
     """The model through torch.compile where that works; it shares its weights with `model`."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import build_model, find_checkpoints, newest_checkpoint, read_checkpoint
+from checkpoint import build_model, newest_checkpoint, read_checkpoint
 from config import LoopSettings, load_settings
 from device import choose_device, processes
 from disk import replacing
@@ -81,7 +81,7 @@ def pair_of(record, where: str) -> list[tuple]:
     minimind write them. Raises UserError."""
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
         raise UserError(f"{where}: expected an object with prompt, chosen and rejected")
-    texts = {}
+    texts: dict[str, str] = {}
     for key in ("chosen", "rejected"):
         prompt, answer = record.get("prompt", []), record[key]
         if isinstance(prompt, list) and isinstance(answer, list):
@@ -154,7 +154,7 @@ class PairFile(TokenFile):
     """Pairs as rows of tokens, the chosen story's and the rejected one's, in a new seeded order each epoch."""
 
     def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
-        self.path, self.pairs, self.block_size, self.seed, self.epoch = path, pairs, block_size, seed, None
+        self.path, self.pairs, self.block_size, self.seed, self.epoch = path, pairs, block_size, seed, -1
         self.end_token, self.reference = end_token, np.zeros((len(pairs), 2), dtype=np.float32)
 
     def __len__(self) -> int:
@@ -181,11 +181,12 @@ class PairFile(TokenFile):
 def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tuple[PairFile, PairFile]:
     """The pairs to train on and, of a twentieth of the prompts, to validate with. Raises UserError."""
     end, (before, answer) = tokenizer.eos_id(), markers(template, tokenizer)
-    splits, too_long = {"train": [], "val": []}, 0
+    splits: dict[str, list[tuple]] = {"train": [], "val": []}
+    too_long = 0
     blocks = read_blocks(files, pair_of, "reading pairs")
     pairs = [pair for block in blocks for pair in items_of(block, pair_of)]
-    held_out = sorted({digest(prompt) for prompt, *_ in pairs})
-    held_out = set(held_out[: max(1, len(held_out) // 20)])
+    prompts = sorted({digest(prompt) for prompt, *_ in pairs})
+    held_out = set(prompts[: max(1, len(prompts) // 20)])
     for prompt, *stories in pairs:
         asked = [end, *before, *tokenizer.encode(prompt), *answer]
         told = [tokenizer.encode(story) + [end] * ended for story, ended in stories]
@@ -195,7 +196,8 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tupl
             splits["val" if digest(prompt) in held_out else "train"].append((asked, *told))
     counts = ", ".join(f"{len(found):,} {split}" for split, found in splits.items())
     print(f"{files[0]}: {counts} pairs, {too_long:,} left out (longer than {s.block_size} tokens)")
-    return tuple(PairFile(files[0], found, s.block_size, end, s.seed) for found in splits.values())
+    train_data, val_data = (PairFile(files[0], found, s.block_size, end, s.seed) for found in splits.values())
+    return train_data, val_data
 
 
 @torch.no_grad()
@@ -205,7 +207,7 @@ def reference_log_probs(model: GPT, data: PairFile, s: Settings) -> np.ndarray:
     model.to(device)
     found = []
     for first in tqdm(range(0, len(data), s.batch_size), desc="reference", unit="batch", disable=None):
-        batch = data.rows(range(first, min(first + s.batch_size, len(data))))
+        batch = data.rows(list(range(first, min(first + s.batch_size, len(data)))))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             tokens, targets = (batch[name].flatten(0, 1).to(device) for name in ("tokens", "targets"))  # (2P, T)
             found.append(-model(tokens, targets, rows=True).view(-1, 2).float().cpu().numpy())  # (P, 2)
@@ -254,7 +256,7 @@ def tune(s: Settings) -> None:
     """Make the pairs unless they are there, note what the reference thinks of them, and call the loop."""
     out_dir, folder, source = Path(s.out_dir), Path(s.data_dir), Path(s.init_from)
     checkpoint = read_checkpoint(source)
-    tokenizer, template = load_tokenizer(checkpoint["tokenizer"], str(source)), checkpoint.get("template")
+    tokenizer, template = load_tokenizer(checkpoint["tokenizer"], source), checkpoint.get("template")
     if not template:
         raise UserError(f"{source}: has not learned to follow instructions; give a checkpoint of sft.py")
     model = build_model(checkpoint, source)
@@ -270,8 +272,8 @@ def tune(s: Settings) -> None:
             raise UserError(f"{folder}: not instructions prepared for {source}; run prepare.py --task sft again")
         _, (answer,) = markers(template, tokenizer)
         block = model.config.block_size
-        data = ExampleFile(folder / "train.bin", dataclasses.replace(s, block_size=block), meta, answer, block)
-        write_pairs(pairs, build_model(checkpoint, source), tokenizer, data, s)
+        examples = ExampleFile(folder / "train.bin", dataclasses.replace(s, block_size=block), meta, answer, block)
+        write_pairs(pairs, build_model(checkpoint, source), tokenizer, examples, s)
     if s.make_pairs:
         return
     files = find_inputs([s.pairs]) if s.pairs else [pairs]
@@ -291,13 +293,14 @@ def tune(s: Settings) -> None:
         if len(data):
             data.reference = np.load(path, mmap_mode="r")
     parts = {"tokenizer": checkpoint["tokenizer"], "template": template, "preferences": known.hexdigest()}
-    if s.resume and find_checkpoints(out_dir):
-        source, checkpoint = newest_checkpoint(out_dir)
+    if s.resume and (newest := newest_checkpoint(out_dir)):
+        source, checkpoint = newest
         model = build_model(checkpoint, source)
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)
         parts["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    prompt = (val_data.pairs or train_data.pairs or [[None]])[0][0]
+    ready = val_data.pairs or train_data.pairs
+    prompt = ready[0][0] if ready else None
     train(s, model, train_data, val_data, parts, functools.partial(preference_loss, s=s), prompt)
 
 

@@ -75,7 +75,7 @@ def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) 
     """All constraints a TinyStories record offers; a record without a sentence gets one of its story's."""
     labels = record.get("instruction")
     labels = labels if isinstance(labels, dict) else {}
-    found = {}
+    found: dict[str, object] = {}
     for name, key in (("词汇", "words"), ("特点", "features")):
         if isinstance(labels.get(key), list):
             found[name] = "，".join(split_list("，".join(map(str, labels[key]))))

@@ -199,6 +199,9 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
 class GPT(nn.Module):
     """Tokens in, the next token's logits (or the loss) out. The embedding is also the output matrix."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

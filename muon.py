@@ -29,12 +29,12 @@ class Muon(torch.optim.Optimizer):
     instructions for bfloat16 takes 30 times as long for a product in it.
     """
 
-    def __init__(self, matrices: list[torch.Tensor], weight_decay: float, dtype: torch.dtype):
+    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
         for group in self.param_groups:
             alike = collections.defaultdict(list)
             for p in group["params"]:

@@ -28,7 +28,9 @@ import sys
 import threading
 import time
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import sentencepiece
@@ -42,9 +44,11 @@ from stories.read import LONGEST, UserError, find_inputs, items_of, read_blocks,
 SAMPLE = 8_000_000  # characters the tokenizer is trained on at most
 
 
-def usage_error(message: str) -> None:
-    """What argparse calls: like any other mistake, a wrong option is answered in one line."""
-    raise UserError(f"{message}; see --help")
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong option in one line, like any other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def run(main) -> None:
@@ -81,7 +85,7 @@ def clean(text: str) -> str:
     return text
 
 
-def texts_of(record, where: str, args: argparse.Namespace) -> list[tuple[str, ...]]:
+def texts_of(record, where: str, args: argparse.Namespace) -> Sequence[tuple[str, ...]]:
     """What of a record becomes tokens: its story; or, for --task sft, pairs of an instruction and a story."""
     if args.task == "sft":
         return examples_of(record, where, args.text_key, args.augment)
@@ -90,7 +94,7 @@ def texts_of(record, where: str, args: argparse.Namespace) -> list[tuple[str, ..
 
 def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collections.Counter]:
     """The cleaned texts of a block, the story last in each, and how many were dropped for which reason."""
-    kept, dropped = [], collections.Counter()
+    kept, dropped = [], collections.Counter[str]()
     for texts in items_of(block, extract):
         try:
             texts = tuple(map(clean, texts))
@@ -120,6 +124,10 @@ def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
     return {n: story for *_, story in clean_block(block, extract)[0] if (n := digest(story)) >= limit}
 
 
+tokenizer: sentencepiece.SentencePieceProcessor  # start_worker sets these two, in each worker process
+frames: Sequence[list[int]]
+
+
 def encode_block(block: tuple, extract) -> tuple:
     """Returns digests, places, lengths in tokens, characters and bytes, all tokens, and what was dropped."""
     texts, dropped = clean_block(block, extract)
@@ -139,23 +147,28 @@ def encode_block(block: tuple, extract) -> tuple:
     )
 
 
-def start_worker(model: bytes = b"", before: tuple = ()) -> None:
+def end_with(parent) -> None:
+    """Wait for another process to end, and end this one then."""
+    parent.join()
+    os._exit(1)
+
+
+def start_worker(model: bytes = b"", before: Sequence[list[int]] = ()) -> None:
     """In each worker process, once: end with the parent, leave Ctrl-C to it, take the tokenizer and the
     control tokens that stand before each part of a text."""
     global tokenizer, frames
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     if model:
         tokenizer, frames = sentencepiece.SentencePieceProcessor(model_proto=model), before
 
 
 def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
     """Like workers.map, but reads only a few blocks ahead, so that memory stays flat."""
-    waiting = collections.deque()
+    waiting = collections.deque[concurrent.futures.Future]()
     for block in blocks:
         waiting.append(workers.submit(function, block, *args))
-        if len(waiting) > 2 * os.cpu_count():
+        if len(waiting) > 2 * (os.cpu_count() or 1):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
@@ -165,7 +178,7 @@ def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
 # The tokenizer
 
 
-def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece model from its bytes. Raises UserError naming `name` when it cannot serve."""
     try:
         loaded = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
@@ -226,8 +239,10 @@ def checksum(meta: dict) -> str:
 def write_bins(results, folder: Path, val_fraction: float) -> dict:
     """Write the encoded stories to train.bin and val.bin, each story once; return the counts."""
     border = np.uint64(val_fraction * 2**64)
-    counts, sums = ({split: new() for split in ("train", "val")} for new in (lambda: np.zeros(4, int), hashlib.sha256))
-    dropped, seen = collections.Counter(), []  # the digests so far, in sorted arrays: a set would take 15 times as much
+    counts = {split: np.zeros(4, int) for split in ("train", "val")}
+    sums = {split: hashlib.sha256() for split in ("train", "val")}
+    dropped = collections.Counter[str]()
+    seen: list[np.ndarray] = []  # the digests so far, in sorted arrays: a set would take 15 times as much
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for digests, places, sizes, tokens, block_dropped in results:
             dropped += block_dropped
@@ -280,7 +295,7 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
                 # The sample is the stories whose digest lies above a limit: at first all that are not held
                 # out. Halving the room above it whenever they grow too many leaves a fair draw from all
                 # files, whatever their order and size.
-                sample, limit = {}, int(args.val_fraction * 2**64)
+                sample, limit = dict[int, str](), int(args.val_fraction * 2**64)
                 blocks = ((block, limit) for block in read_blocks(files, extract, "reading"))
                 for found in in_order(workers, sample_block, blocks, extract):
                     sample |= {n: story for n, story in found.items() if n >= limit}
@@ -329,8 +344,7 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Turn stories into tokens.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="Turn stories into tokens.", allow_abbrev=False)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs (default: our own stories)")
     parser.add_argument("--task", choices=("pretrain", "sft"), default="pretrain", help="stories, or instructions")
     parser.add_argument("--augment", type=int, default=1, help="sft: differently ordered instructions for a story")

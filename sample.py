@@ -18,7 +18,7 @@ from checkpoint import build_model, read_checkpoint
 from device import choose_device, compile_model
 from instructions import NAMES, markers, write_constraints
 from model import GPT
-from prepare import UserError, clean, load_tokenizer, run, usage_error
+from prepare import Parser, UserError, clean, load_tokenizer, run
 
 
 def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
@@ -158,8 +158,7 @@ def cleaned(prompt: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tell stories from a checkpoint.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="Tell stories from a checkpoint.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--prompt", default="", help="how the stories begin")
     for name, key in NAMES.items():
@@ -182,7 +181,7 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
-    template = checkpoint.get("template")
+    template = checkpoint.get("template", "")
 
     def show(prompt: str, constraints: dict[str, str]) -> None:
         ids = [tokenizer.eos_id()]  # a story begins where another has ended
@@ -205,7 +204,7 @@ def main() -> None:
             raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
     if not args.interactive:
         return show(args.prompt, constraints)
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper
     while True:
         answers = {}
         for name in list(NAMES) if template else ["prompt"]:

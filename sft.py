@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import build_model, find_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import build_model, newest_checkpoint, read_checkpoint, save_checkpoint
 from config import LoopSettings, load_settings
 from device import processes
 from instructions import markers
@@ -45,7 +45,7 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     Returns the examples' indices, row after row, and where in them each row begins (and the last ends).
     """
     row_of = np.zeros(len(lengths), dtype=np.int64)
-    by_room = [[] for _ in range(row_length + 1)]  # the rows with so many free places
+    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # the rows with so many free places
     rooms, rows = 0, 0  # bit n of rooms: there are rows with n free places
     for i in np.argsort(-lengths, kind="stable"):
         length = int(lengths[i])
@@ -66,7 +66,9 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
 class ExampleFile(TokenFile):
     """A .bin file of instructions and responses, packed into rows, in a new seeded order each epoch."""
 
-    def __init__(self, path: Path, s: Settings, meta: dict, answer: int, longest: int, seed: int = 0):
+    end_token: int
+
+    def __init__(self, path: Path, s: LoopSettings, meta: dict, answer: int, longest: int, seed: int = 0):
         super().__init__(path, meta, s.block_size, seed)
         self.end_token = meta["end_token"]
         self.ends = np.flatnonzero(self.tokens == self.end_token) + 1
@@ -115,8 +117,8 @@ class ExampleFile(TokenFile):
 def tune(s: Settings) -> None:
     """Load the model and the examples, and call the loop; or only merge. Raises UserError."""
     out_dir, folder = Path(s.out_dir), Path(s.data_dir)
-    if s.resume and find_checkpoints(out_dir):  # all that a resumed run needs: init_from may be gone
-        source, checkpoint = newest_checkpoint(out_dir)
+    if s.resume and (newest := newest_checkpoint(out_dir)):  # all that a resumed run needs: init_from may be gone
+        source, checkpoint = newest
     else:
         source = out_dir if s.merge else Path(s.init_from)
         checkpoint = read_checkpoint(source)

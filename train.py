@@ -39,6 +39,7 @@ from device import (
     peak_memory,
     processes,
 )
+from logger import open_logger
 from model import GPT, IGNORE, ModelConfig
 from muon import Muon
 from prepare import UserError, checksum, load_tokenizer, run
@@ -81,12 +82,12 @@ class TokenFile:
         self.tokens = np.memmap(path, dtype="<u2", mode="r")
         for start in range(0, len(self.tokens), 1 << 24):
             part = self.tokens[start : start + (1 << 24)]
-            seen.update(part)
+            seen.update(part.data)
             if (largest := part.max()) >= vocab_size:
                 raise UserError(f"{path}: holds token {largest}, but the vocabulary ends at {vocab_size - 1}")
         if seen.hexdigest() != meta[path.stem]["sha256"]:
             raise UserError(f"{path}: damaged: not what prepare.py wrote (its checksum differs); run it again")
-        self.path, self.block_size, self.seed, self.end_token, self.epoch = path, block_size, seed, end_token, None
+        self.path, self.block_size, self.seed, self.end_token, self.epoch = path, block_size, seed, end_token, -1
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.block_size
@@ -109,8 +110,8 @@ class TokenFile:
         """The sequences of these numbers in the file: tokens and targets, (count, T) each."""
         starts = [i * self.block_size for i in chosen]
         rows = np.stack([self.tokens[start : start + self.block_size + 1] for start in starts])
-        rows = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
-        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+        tokens = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
+        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
         if self.end_token is not None:  # the end of a story begins the next, as it does in sampling
             batch["documents"] = (batch["tokens"] == self.end_token).cumsum(dim=1)  # (count, T)
         return batch
@@ -164,7 +165,9 @@ def make_optimizers(model: GPT, settings: LoopSettings) -> list[torch.optim.Opti
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # the gains of RMSNorm
     ]
-    optimizers = [torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)] if rest else []
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True))
     if matrices:
         _, fast = choose_device(str(model.embedding.weight.device))
         dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32
@@ -192,7 +195,7 @@ def next_token_loss(model, batch: dict) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def evaluate(model, batches: list[dict], loss_fn, device: torch.device, autocast, rank: int, world: int) -> dict:
     """What loss_fn gives, summed over the batches, the work shared between the processes."""
-    names, sums = ["loss"], 0
+    names, sums = ["loss"], torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         if i % world == rank or i == 0:  # every process sees the first: it tells the names
             with autocast():
@@ -245,7 +248,8 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(s.deterministic)
     keep_memory()
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding errors, which takes time
+    # A help in finding errors, which takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     state = state_to_resume(s, model, parts)
     model.to(device)
@@ -286,6 +290,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             cut_off.unlink()
         cut_metrics(out_dir / "metrics.jsonl", step)
         metrics = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as we run)
+        log = open_logger(s, step)
     val_batches = validation_batches(val_data, s)
     val_count = sum(map(val_data.count, val_batches))
     val_targets = [row[row != IGNORE].tolist() for batch in val_batches for row in batch["targets"]]
@@ -313,6 +318,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             with contextlib.suppress(OSError):
                 metrics.close()  # or Python would try again at its end
             raise UserError(f"{metrics.name}: not written ({e.strerror}); go on with --resume=True") from None
+        log(line)
 
     def kept() -> str:
         which = f"the checkpoint of step {saved_at} is" if saved_at else "no checkpoint is"
@@ -351,7 +357,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, s)
-        (micro_batches, count), sums = upcoming, 0
+        (micro_batches, count), sums = upcoming, torch.zeros((), device=device)
         for batch in micro_batches:
             with autocast():
                 figures = loss_fn(compiled, batch)
@@ -359,11 +365,12 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             sums = sums + torch.stack(list(figures.values())).detach()  # (figures,)
         upcoming = batches_of(step + 1)  # on the way while the device still works on this step
         if world > 1:
-            flat = torch.cat([sums, *(p.grad.view(-1) for p in learned)])
+            gradients = [p.grad for p in learned if p.grad is not None]
+            flat = torch.cat([sums, *(grad.view(-1) for grad in gradients)])
             all_reduce(flat)
-            sums, *totals = flat.split([len(sums), *(p.numel() for p in learned)])
-            for p, total in zip(learned, totals, strict=True):
-                p.grad.copy_(total.view_as(p))
+            sums, *totals = flat.split([len(sums), *(grad.numel() for grad in gradients)])
+            for grad, total in zip(gradients, totals, strict=True):
+                grad.copy_(total.view_as(grad))
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)

@@ -6,8 +6,10 @@ Parsed and checked, never executed.
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import operator
 import sys
+import typing
 from dataclasses import dataclass
 
 from stories.read import UserError
@@ -42,6 +44,7 @@ class LoopSettings:
     eval_blocks: int = 64  # validation sequences, always the same
     sample_interval: int = 0  # tell a story; 0: never
     save_interval: int = 100
+    logger: str = ""  # tensorboard | wandb: shows the lines of metrics.jsonl as curves; empty: none
     # The machine
     device: str = "auto"  # auto | cuda | cuda:1 | mps | cpu
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32
@@ -58,11 +61,13 @@ class LoopSettings:
                 raise UserError(f"{field.name} = {value}: must be at least {least} and below 2**63")
         if self.cooldown > 1 or self.beta1 >= 1 or self.beta2 >= 1:
             raise UserError("cooldown must be at most 1, beta1 and beta2 below 1")
-        choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine")}
-        choices["dtype"] = ("auto", "bfloat16", "float16", "float32")
+        choices: dict[str, tuple[str, ...]] = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine")}
+        choices |= {"dtype": ("auto", "bfloat16", "float16", "float32"), "logger": ("", "tensorboard", "wandb")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(known)}")
+                raise UserError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(map(repr, known))}")
+        if self.logger and not importlib.util.find_spec(self.logger):
+            raise UserError(f"logger = {self.logger!r}: not installed; try: pip install {self.logger}")
 
 
 def read_config(path: str) -> dict:
@@ -92,12 +97,15 @@ def read_config(path: str) -> dict:
         raise UserError(f"{path}:{line}: cannot be read ({reason})") from None
     values = {}
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # the text at the top
         try:
-            (target,) = node.targets
-            values[target.id] = value_of(node.value)
-        except (AttributeError, ValueError, ArithmeticError, TypeError, RecursionError):
+            match node:
+                case ast.Expr(ast.Constant()):
+                    pass  # the text at the top
+                case ast.Assign([ast.Name(name)], value):
+                    values[name] = value_of(value)
+                case _:
+                    raise ValueError
+        except (ValueError, ArithmeticError, TypeError, RecursionError):
             raise UserError(
                 f"{path}:{node.lineno}: only `name = value` may stand here, with numbers, text, True or False"
             ) from None
@@ -106,7 +114,7 @@ def read_config(path: str) -> dict:
 
 def load_settings(arguments: list[str], cls: type, usage: str):
     """Settings from a command line: config files, then --key=value, each overriding what came before."""
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
     values = {}
 
     def put(key, value, where):

@@ -67,8 +67,7 @@ def download(dataset: str, folder: Path) -> Path:
             failures += 1
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             failures += 1
-            reason = getattr(e, "reason", e)
-            print(f"{url}: {reason}; trying again", file=sys.stderr)
+            print(f"{url}: {getattr(e, 'reason', e)}; trying again", file=sys.stderr)
         if failures > 5:
             raise UserError(
                 f"{url}: gave up after {failures} tries; run again to go on, or set HF_ENDPOINT to a mirror"

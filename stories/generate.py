@@ -51,7 +51,9 @@ class Plot:
 
 def read_cast(path: Path = HERE / "cast.txt") -> tuple[dict, dict]:
     """Return (names by list, animals by group); an animal is a dict of the table's columns."""
-    names, animals, columns = {}, {}, None
+    names: dict[str, list[str]] = {}
+    animals: dict[str, list[dict[str, str]]] = {}
+    columns = None
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
@@ -138,7 +140,7 @@ def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict,
 
 def tell(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float = SKEW) -> dict:
     """Expand one plot into one story, a record in TinyStoriesChinese's schema."""
-    taken, values, facts = set(), {}, set()
+    taken, values, facts = set[str](), {}, set()
     for letter, groups in plot.cast.items():
         hero = values[letter] = draw_hero(rng, groups, names, animals, taken)
         facts |= {letter + hero["类别"], letter + hero["种类"]}
@@ -184,7 +186,7 @@ def tell(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float
 def stories(count: int, seed: int = 0):
     """Yield `count` distinct stories of MIN_CHARS to MAX_CHARS characters, all plots in equal parts."""
     (names, animals), plots = read_cast(), read_plots()
-    rng, seen = random.Random(seed), set()
+    rng, seen = random.Random(seed), set[str]()
     while len(seen) < count:
         story = tell(rng, pick(rng, plots), names, animals)
         text = story["story_zh"]

@@ -74,7 +74,8 @@ def read_blocks(files: list[Path], extract, title: str):
                     if name.removesuffix(".gz").endswith(".tar"):
                         # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
                         with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
-                            archive.fileobj.seekable = lambda: False  # which Python 3.11 forgets to define
+                            # Python 3.11 forgets to define this.
+                            archive.fileobj.seekable = lambda: False  # type: ignore[attr-defined]
                             for member in archive:
                                 if member.isfile() and member.name.endswith(SUFFIXES):
                                     content = archive.extractfile(member)
@@ -142,7 +143,7 @@ def read_json(stream, name: str):
     at = text.index("[") + 1
     between = re.compile(r"\s*(]|)\s*"), re.compile(r"\s*(,|])\s*")  # before the first element, and later
     while True:
-        start = re.compile(r"\s*").match(text, at).end()
+        start = re.compile(r"\s*").match(text, at).end()  # type: ignore[union-attr]  # no space matches too
         try:
             if not (found := between[number > 0].match(text, at)):
                 raise ValueError("a comma is missing")

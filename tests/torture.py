@@ -966,7 +966,7 @@ import json, sys, time
 import torch
 import train
 from config import load_settings
-from device import compile_model, keep_memory, processes
+from device import choose_device, compile_model, keep_memory, processes
 from model import GPT, ModelConfig
 
 pairs, turn = int(sys.argv[1]), int(sys.argv[2])
@@ -977,12 +977,13 @@ torch.utils.deterministic.fill_uninitialized_memory = False
 train_data, val_data, parts = train.open_data(s)
 names = ModelConfig.__dataclass_fields__.keys() & vars(s)
 model = GPT(ModelConfig(vocab_size=8192, **{name: getattr(s, name) for name in names}))
-bare = compile_model(model, torch.device("cpu"))
+device, dtype = choose_device("cpu")
+bare = compile_model(model, device)
 optimizers = train.make_optimizers(model, s)
 batch = train_data.batch(0, s.batch_size)
 
 def step():
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = train.next_token_loss(bare, batch)["loss"] / batch["targets"].numel()
     loss.backward()
     for optimizer in optimizers:

@@ -10,7 +10,6 @@ Each contender is a process of its own; they take turns, so that a slow minute o
 the median of each counts.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,11 +30,11 @@ from tqdm import tqdm
 from device import choose_device, compile_model, keep_memory, matmul_rate, peak_memory
 from disk import replacing
 from model import GPT, ModelConfig
-from prepare import UserError, run, usage_error
+from prepare import Parser, UserError, run
 from sample import generate
 from stories.generate import stories
 
-SHAPE = {"n_layer": 6, "n_head": 8, "n_kv_head": 8, "head_dim": 64, "n_embd": 512, "intermediate_size": 1408}
+SHAPE = dict[str, Any](n_layer=6, n_head=8, n_kv_head=8, head_dim=64, n_embd=512, intermediate_size=1408)
 LENGTH = 512  # tokens in a sequence
 SMALL, LARGE = 8_192, 65_024  # vocabularies
 NEW_TOKENS = 128
@@ -172,8 +172,8 @@ def telling(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool
     prompts = torch.randint(1, SMALL - 1, (batch, 16), device=device)
 
     def by_us():
-        options = {"max_new_tokens": NEW_TOKENS, "end_token": 0, "temperature": temperature, "top_k": 50, "top_p": 1.0}
-        told = len(list(generate(model, prompts.tolist(), compile=fast, **options)))
+        steps = generate(model, prompts.tolist(), NEW_TOKENS, 0, temperature, top_k=50, top_p=1.0, compile=fast)
+        told = len(list(steps))
         assert told == NEW_TOKENS, f"ended after {told}"
 
     def by_transformers():
@@ -214,7 +214,8 @@ def contender(pipe, prepare, args) -> None:
 
 def race(contenders: dict[str, tuple], rounds: int) -> dict[str, tuple[float, int]]:
     """Seconds (the median of so many rounds) and peak memory in bytes of each, {name: (prepare, *args)}."""
-    context, pipes, seconds, processes = multiprocessing.get_context("spawn"), {}, {}, []
+    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    seconds: dict[str, list[float]] = {}
     bar = tqdm(contenders.items(), desc="preparing", unit="contender", leave=False, disable=None)
     for name, (prepare, *args) in bar:
         bar.set_postfix_str(name)
@@ -252,7 +253,7 @@ def against_peers(name: str, unit: str, rates: dict[str, float], bar: float) -> 
     """A row for each contender; "this" is compared with the fastest of the others."""
     peers = {peer: rate for peer, rate in rates.items() if peer != "this"}
     rows = [row(f"{name}, {peer}", rate, unit) for peer, rate in peers.items()]
-    best = max(peers, key=peers.get)
+    best = max(peers, key=lambda peer: peers[peer])
     ratio = rates["this"] / peers[best]
     return [*rows, row(name, rates["this"], unit, best, ratio, bar, ratio >= bar)]
 
@@ -391,19 +392,19 @@ def bench_prepare(args, folder: Path) -> list[dict]:
         times = []
         for i in range(3 if megabytes <= 200 else 1):
             start = time.perf_counter()
-            paths = [folder / "stories.jsonl", "--out_dir", folder / f"prepared{megabytes}_{i}"]
-            process = subprocess.Popen([*command, *map(str, paths)], stdout=subprocess.DEVNULL)
+            paths = [f"{folder}/stories.jsonl", "--out_dir", f"{folder}/prepared{megabytes}_{i}"]
+            process = subprocess.Popen([*command, *paths], stdout=subprocess.DEVNULL)
             peak = memory_of_all(process)
             if process.wait():
-                raise UserError(f"{' '.join(process.args)}: failed")
+                raise UserError(f"{' '.join([*command, *paths])}: failed")
             times.append(time.perf_counter() - start)
         speed = characters / statistics.median(times) / 1e6
         title = f"prepare, {megabytes:,} MB"
         rows.append(row(title, speed, "M characters a second", bar=8, holds=speed >= 8))
         peaks.append(peak / 2**30)
         rows.append(row(f"{title}, memory of all processes", peaks[-1], "GiB", "the first", peaks[-1] / peaks[0]))
-    if args.megabytes[0] <= 200 and (speed := speed_of_tokenizers()):
-        rows.append(row("encoding alone, the tokenizers package", speed, "M characters a second"))
+    if args.megabytes[0] <= 200 and (theirs := speed_of_tokenizers()):
+        rows.append(row("encoding alone, the tokenizers package", theirs, "M characters a second"))
     return rows
 
 
@@ -449,7 +450,7 @@ def bench_recipe(args, folder: Path) -> list[dict]:
     adamw += [f"--warmup_iters={args.steps // 10}"]
     rates = ("0.0005", "0.003", "0.01")
     losses = {rate: ends_on(1.0, *adamw, f"--learning_rate={rate}") for rate in rates}
-    best, rows = min(losses, key=losses.get), []
+    best, rows = min(losses, key=lambda rate: losses[rate]), []
     for rate, bar in ((rates[0], 0.2), (best, 0.4)):
         shares = (share for share in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0) if ends_on(share) <= losses[rate])
         share = next(shares, 1.0)  # or not even then, which no bar allows
@@ -474,8 +475,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure this program beside its peers.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="Measure this program beside its peers.", allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each contender")
     parser.add_argument("--steps", type=int, default=200, help="steps of the runs that the recipe is compared with")

@@ -20,7 +20,7 @@ from device import choose_device
 from disk import replacing
 from instructions import markers
 from model import IGNORE
-from prepare import UserError, load_tokenizer, run, usage_error
+from prepare import Parser, UserError, load_tokenizer, run
 from rewards import average, score, tell_and_score
 from sample import add_sampling_options, sampling_options
 from sft import ExampleFile, Settings
@@ -89,8 +89,7 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure how well a model follows instructions.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="Measure how well a model follows instructions.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, action="append", required=True, help="give it twice to compare two")
     parser.add_argument("--data", type=Path, help="prepared instructions (default: those of the last --ckpt)")
     parser.add_argument("--num", type=int, default=200, help="held-out instructions")

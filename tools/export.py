@@ -8,7 +8,6 @@ a model card; transformers loads it as Qwen3 (with QK-norm) or Llama (without), 
 README.md says how to load it there.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -24,7 +23,7 @@ from checkpoint import build_model, read_checkpoint, save_checkpoint
 from disk import replacing, sync_folder
 from instructions import markers
 from model import GPT, ModelConfig
-from prepare import UserError, load_tokenizer, run, usage_error
+from prepare import Parser, UserError, load_tokenizer, run
 from tools.plot import read_metrics
 
 # Ours to theirs, replaced one after the other.
@@ -306,8 +305,7 @@ def bring_back(folder: Path, out_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="To Hugging Face's format and back.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="To Hugging Face's format and back.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--from_hf", type=Path, metavar="DIR", help="a Hugging Face folder to bring back")
     parser.add_argument("--out_dir", type=Path, required=True, help="a folder that is not there yet")

@@ -6,13 +6,12 @@
 A pale line is what was measured, the strong one over it its average, a point the validation.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
 
 from disk import replacing
-from prepare import UserError, run, usage_error
+from prepare import Parser, UserError, run
 
 # What there is to see, where a run has it; the validation's figure of the same name (val_loss) goes with it.
 PANELS = {
@@ -100,8 +99,7 @@ def draw(runs: dict[str, list[dict]], x: str, smooth: float, file, kind: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Plot the curves of runs.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="Plot the curves of runs.", allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", metavar="OUT_DIR", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="what stands on the x axis")
     parser.add_argument(

@@ -16,7 +16,6 @@ of its own: a seed tells the story that `sample.py --num 1` tells with it, whoev
 which is not the same in batches of different sizes).
 """
 
-import argparse
 import base64
 import collections
 import contextlib
@@ -36,13 +35,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from checkpoint import build_model, read_checkpoint
 from device import choose_device
 from instructions import NAMES, markers, write_constraints
-from prepare import UserError, load_tokenizer, run, usage_error
+from prepare import Parser, UserError, load_tokenizer, run
 from sample import choose, cleaned, prefill
 
 PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
@@ -82,7 +82,7 @@ class Teller:
     def __init__(self, model, tokenizer, template: str | None, batch: int):
         self.model, self.tokenizer, self.template, self.batch = model, tokenizer, template, batch
         self.room = min(model.config.block_size, LONGEST)
-        self.waiting, self.closed = [], False
+        self.waiting, self.closed = list[Story](), False
         self.changed = threading.Condition()  # guards these two
 
     def add(self, story: Story) -> None:
@@ -112,7 +112,7 @@ class Teller:
     def work(self) -> None:
         """Tell stories until closed, a token of each at a time. Between two tokens stories come and go."""
         end, weight = self.tokenizer.eos_id(), self.model.embedding.weight
-        telling, chances = [], []  # B stories, and the generator of each
+        telling, chances = list[Story](), []  # B stories, and the generator of each
         last = torch.empty(0, dtype=torch.long, device=weight.device)  # (B,), where the last token of each stands
         logits = weight.new_empty(0, weight.size(0))  # (B, V)
         cache = self.model.new_cache(0, self.room, weight.dtype)
@@ -158,7 +158,8 @@ def read_story(body: bytes, teller: Teller) -> Story:
         asked = None
     if not isinstance(asked, dict):
         raise Refusal(400, "请求须是一个 JSON 对象。", "The request must be a JSON object.")
-    usual = dict.fromkeys(TEXTS, "") | {"temperature": 0.8, "top_p": 0.95, "seed": random.randrange(1 << 31)}
+    usual: dict[str, Any] = dict.fromkeys(TEXTS, "")
+    usual |= {"temperature": 0.8, "top_p": 0.95, "seed": random.randrange(1 << 31)}
     asked = usual | asked
     for key, value in asked.items():
         least, most = NUMBERS.get(key, (0, 0))
@@ -193,12 +194,12 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, teller: Teller, per_minute: int):
         self.teller, self.per_minute, self.lock = teller, per_minute, threading.Lock()
-        self.recent = collections.deque(maxlen=10_000)  # (time, address) of what was asked in the last minute
-        self.deadlines = {}  # of every connection: when its request must have arrived
+        self.recent = collections.deque[tuple[float, str]](maxlen=10_000)  # times and addresses, of the last minute
+        self.deadlines: dict[socket.socket, float] = {}  # of every connection: when its request must have arrived
         self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        super().__init__(address[:2], Visit)
+        super().__init__((str(address[0]), port), Visit)
         # A page elsewhere could have its own name lead here (DNS rebinding): at home only these are answered.
-        loopback = ipaddress.ip_address(self.server_address[0]).is_loopback
+        loopback = ipaddress.ip_address(str(address[0])).is_loopback
         self.names = {"localhost", "127.0.0.1", "[::1]", host} if loopback else None
         page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
         page = page.replace("{{tuned}}", "yes" if teller.template else "no")
@@ -206,7 +207,8 @@ class Server(ThreadingHTTPServer):
         self.policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         self.policy += "frame-ancestors 'none'"
         for tag in ("style", "script"):  # what stands in the page may run, and nothing else
-            digest = hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1].encode()).digest()
+            inside = page.partition(f"<{tag}>")[2].rpartition(f"</{tag}>")[0]
+            digest = hashlib.sha256(inside.encode()).digest()
             self.policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
         self.page = page.encode()
 
@@ -248,6 +250,7 @@ class Server(ThreadingHTTPServer):
 class Visit(BaseHTTPRequestHandler):
     """A connection. It is closed after one answer (HTTP/1.0), so that a story needs no framing."""
 
+    server: Server
     timeout = PATIENCE  # of each read and write
     disable_nagle_algorithm = True  # a piece of the story does not wait for the next
     server_version, sys_version = "microstories", ""
@@ -337,8 +340,7 @@ class Visit(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tell stories on a web page.", allow_abbrev=False)
-    parser.error = usage_error
+    parser = Parser(description="Tell stories on a web page.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: for others, too")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
@@ -367,7 +369,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     with server, ThreadPoolExecutor(1) as pool:
         worker = pool.submit(teller.work)
-        worker.add_done_callback(lambda done: done.exception() and server.shutdown())
+        worker.add_done_callback(lambda done: server.shutdown() if done.exception() else None)
         try:
             name = f"[{args.host}]" if ":" in args.host else args.host
             print(f"telling stories at http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
