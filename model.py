@@ -199,7 +199,7 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
 class GPT(nn.Module):
     """Tokens in, the next token's logits (or the loss) out. The embedding is also the output matrix."""
 
-    cos: torch.Tensor
+    cos: torch.Tensor  # these two are buffers, which a type checker does not see
     sin: torch.Tensor
 
     def __init__(self, config: ModelConfig):

@@ -66,7 +66,7 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
 class ExampleFile(TokenFile):
     """A .bin file of instructions and responses, packed into rows, in a new seeded order each epoch."""
 
-    end_token: int
+    end_token: int  # there is always one here
 
     def __init__(self, path: Path, s: LoopSettings, meta: dict, answer: int, longest: int, seed: int = 0):
         super().__init__(path, meta, s.block_size, seed)
