@@ -15,10 +15,10 @@ import torch
 
 from config import LoopSettings
 from disk import replacing
+from errors import UserError
 from lora import add_lora, merge_lora
 from model import GPT, ModelConfig
 from muon import Muon
-from stories.read import UserError
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

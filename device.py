@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from config import LoopSettings
 from disk import locked
+from errors import UserError
 from model import GPT, LOSS_ROWS
-from stories.read import UserError
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for the others
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from stories.read import UserError
+from errors import UserError
 
 
 @contextlib.contextmanager

@@ -5,14 +5,13 @@
     python dpo.py config/demo_dpo.py --pairs=mine.jsonl      pairs of your own
     python dpo.py config/demo_dpo.py --rounds=2              once more, with pairs the better model makes
 
-The loop is `train.train`. New here: where pairs come from, and a loss that compares (Rafailov et al. 2023,
-arXiv:2305.18290).
+The loop is `train.train`. New here: a loss that compares (Rafailov et al. 2023, arXiv:2305.18290). Where
+pairs come from stands in pairs.py.
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import sys
@@ -26,18 +25,18 @@ from tqdm import tqdm
 
 from checkpoint import build_model, newest_checkpoint, read_checkpoint
 from config import LoopSettings, load_settings
+from dataset import read_meta
 from device import choose_device, processes
 from disk import replacing
-from instructions import markers, read_constraints
+from errors import UserError, run
+from instructions import markers
 from lora import add_lora
 from model import GPT, IGNORE
-from prepare import UserError, clean, digest, load_tokenizer, run
-from rewards import average, reward, score, tell_and_score
+from pairs import PairFile, read_pairs, write_pairs
 from sft import ExampleFile
-from stories.read import find_inputs, items_of, read_blocks
-from train import TokenFile, read_meta, train
-
-TOLD_AT_ONCE = 64  # stories, when making pairs
+from stories.read import find_inputs
+from tokenizer import load_tokenizer
+from train import train
 
 
 @dataclass
@@ -72,132 +71,7 @@ class Settings(LoopSettings):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Pairs
-
-
-def pair_of(record, where: str) -> list[tuple]:
-    """[(prompt, (chosen, whether it ended), (rejected, whether it ended))] of a record: three texts, or chosen and
-    rejected as conversations of a user and an assistant, with the prompt as one or in front of each, as TRL and
-    minimind write them. Raises UserError."""
-    if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
-        raise UserError(f"{where}: expected an object with prompt, chosen and rejected")
-    texts: dict[str, str] = {}
-    for key in ("chosen", "rejected"):
-        prompt, answer = record.get("prompt", []), record[key]
-        if isinstance(prompt, list) and isinstance(answer, list):
-            turns = [(m.get("role"), m.get("content")) for m in prompt + answer if isinstance(m, dict)]
-            if len(turns) != len(prompt + answer) or [role for role, _ in turns] != ["user", "assistant"]:
-                raise UserError(f"{where}: {key!r} is no conversation of one question and one answer")
-            prompt, answer = (text for _, text in turns)
-        for name, text in (("prompt", prompt), (key, answer)):
-            if not isinstance(text, str):
-                raise UserError(f"{where}: {name!r} is a {type(text).__name__}, not text")
-            if texts.setdefault(name, text) != text:
-                raise UserError(f"{where}: chosen and rejected answer different prompts")
-    try:
-        prompt, *answers = (clean(texts[name]) for name in ("prompt", "chosen", "rejected"))
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half a character, which is no text") from None
-    scores = [record.get(f"{key}_scores") for key in ("chosen", "rejected")]  # where we told the stories
-    ended = [not isinstance(found, dict) or found.get("finished") != 0 for found in scores]
-    return [(prompt, *zip(answers, ended, strict=True))]
-
-
-def write_pairs(path: Path, model: GPT, tokenizer, data: ExampleFile, s: Settings) -> None:
-    """Let the model tell `samples` stories for each of `instructions` examples, score them, and write the best
-    and the worst of each to `path`, where they differ. Stopped and called again, it goes on where it was."""
-    device, dtype = choose_device(s.device, s.dtype)
-    model.to(device, dtype).eval()
-    order = np.random.default_rng(s.seed).permutation(sorted(data.order_in_rows))[: s.instructions]
-    at_once = max(1, TOLD_AT_ONCE // s.samples)
-    batches = [order[i : i + at_once] for i in range(0, len(order), at_once)]
-    unfinished, kept = path.with_name(path.name + ".part"), []
-    if unfinished.exists():  # the last batch in it may be a part of one
-        try:
-            lines = [json.loads(line) for line in unfinished.read_text(encoding="utf-8").split("\n")[:-1]]
-            kept = [line for line in lines if line["batch"] < lines[-1]["batch"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{unfinished}: damaged; remove it, to begin again") from None
-    begin = kept[-1]["batch"] + 1 if kept else 0
-    with replacing(unfinished) as f:
-        f.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in kept)
-    told, written = [], len(kept)
-    with open(unfinished, "ab") as f:
-        for number in tqdm(range(begin, len(batches)), desc="telling stories", unit="batch", disable=None):
-            examples = [tuple(map(np.ndarray.tolist, data.example(i))) for i in batches[number]]
-            longest = max(len(asked) for asked, _ in examples)
-            options = {"max_new_tokens": model.config.block_size - longest, "end_token": tokenizer.eos_id()}
-            options |= {"temperature": s.temperature, "seed": s.seed + number}
-            prompts = [asked for asked, _ in examples for _ in range(s.samples)]
-            stories = tell_and_score(model, tokenizer, prompts, **options)
-            for i, (asked, answer) in enumerate(examples):
-                here = stories[i * s.samples : (i + 1) * s.samples]
-                told += [scores for _, scores in here]
-                story = tokenizer.decode(answer)
-                # The reference is scored by the rules too, and comes last: of equals the model's own is chosen.
-                best = score(read_constraints(tokenizer.decode(asked)), story) | {"finished": 1.0}
-                ranked = sorted(here + [(story, best)] * s.reference_chosen, key=lambda x: -reward(x[1], best))
-                (chosen, high), (rejected, low) = ranked[0], ranked[-1]
-                if reward(high, best) > reward(low, best):
-                    line = {"prompt": tokenizer.decode(asked), "chosen": chosen, "rejected": rejected}
-                    line |= {"chosen_scores": high, "rejected_scores": low, "batch": number}
-                    f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                    written += 1
-            f.flush()
-        os.fsync(f.fileno())
-    os.replace(unfinished, path)
-    means = ", ".join(f"{name} {value:.3g}" for name, value in average(told).items())
-    print(f"{path}: {written:,} pairs of {len(order):,} instructions; stories told: {means}")
-
-
-class PairFile(TokenFile):
-    """Pairs as rows of tokens, the chosen story's and the rejected one's, in a new seeded order each epoch."""
-
-    def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
-        self.path, self.pairs, self.block_size, self.seed, self.epoch = path, pairs, block_size, seed, -1
-        self.end_token, self.reference = end_token, np.zeros((len(pairs), 2), dtype=np.float32)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def count(self, batch: dict) -> int:
-        """The pairs of a batch that are not only there to fill it."""
-        return int((batch["targets"][:, 0] != IGNORE).any(dim=-1).sum())
-
-    def rows(self, chosen: list[int]) -> dict[str, torch.Tensor]:
-        """tokens and targets, (count, 2, T), and the reference's log-probabilities, (count, 2)."""
-        shape = (len(chosen), 2, self.block_size)
-        tokens, targets = np.full(shape, self.end_token), np.full(shape, IGNORE)
-        for row, number in enumerate(chosen):
-            prompt, *answers = self.pairs[number]
-            for side, answer in enumerate(answers):
-                both = np.array([*prompt, *answer], dtype=np.int64)
-                tokens[row, side, : len(both) - 1] = both[:-1]
-                targets[row, side, len(prompt) - 1 : len(both) - 1] = answer
-        batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-        return batch | {"reference": torch.from_numpy(self.reference[chosen])}
-
-
-def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tuple[PairFile, PairFile]:
-    """The pairs to train on and, of a twentieth of the prompts, to validate with. Raises UserError."""
-    end, (before, answer) = tokenizer.eos_id(), markers(template, tokenizer)
-    splits: dict[str, list[tuple]] = {"train": [], "val": []}
-    too_long = 0
-    blocks = read_blocks(files, pair_of, "reading pairs")
-    pairs = [pair for block in blocks for pair in items_of(block, pair_of)]
-    prompts = sorted({digest(prompt) for prompt, *_ in pairs})
-    held_out = set(prompts[: max(1, len(prompts) // 20)])
-    for prompt, *stories in pairs:
-        asked = [end, *before, *tokenizer.encode(prompt), *answer]
-        told = [tokenizer.encode(story) + [end] * ended for story, ended in stories]
-        if len(asked) + max(map(len, told)) - 1 > s.block_size:
-            too_long += 1
-        else:
-            splits["val" if digest(prompt) in held_out else "train"].append((asked, *told))
-    counts = ", ".join(f"{len(found):,} {split}" for split, found in splits.items())
-    print(f"{files[0]}: {counts} pairs, {too_long:,} left out (longer than {s.block_size} tokens)")
-    train_data, val_data = (PairFile(files[0], found, s.block_size, end, s.seed) for found in splits.values())
-    return train_data, val_data
+# The loss
 
 
 @torch.no_grad()
@@ -212,10 +86,6 @@ def reference_log_probs(model: GPT, data: PairFile, s: Settings) -> np.ndarray:
             tokens, targets = (batch[name].flatten(0, 1).to(device) for name in ("tokens", "targets"))  # (2P, T)
             found.append(-model(tokens, targets, rows=True).view(-1, 2).float().cpu().numpy())  # (P, 2)
     return np.concatenate(found)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loss
 
 
 def preference_loss(model, batch: dict, s: Settings) -> dict[str, torch.Tensor]:
@@ -273,7 +143,11 @@ def tune(s: Settings) -> None:
         _, (answer,) = markers(template, tokenizer)
         block = model.config.block_size
         examples = ExampleFile(folder / "train.bin", dataclasses.replace(s, block_size=block), meta, answer, block)
-        write_pairs(pairs, build_model(checkpoint, source), tokenizer, examples, s)
+        device, dtype = choose_device(s.device, s.dtype)
+        teller = build_model(checkpoint, source).to(device, dtype).eval()
+        write_pairs(
+            pairs, teller, tokenizer, examples, s.instructions, s.samples, s.temperature, s.reference_chosen, s.seed
+        )
     if s.make_pairs:
         return
     files = find_inputs([s.pairs]) if s.pairs else [pairs]

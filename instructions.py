@@ -12,7 +12,8 @@ import itertools
 import random
 import re
 
-from stories.read import UserError, story_of
+from errors import UserError
+from stories.read import story_of
 
 # Control tokens frame the two parts. Text never becomes one of them, so no instruction can forge an answer.
 CONTROL = ["<|user|>", "<|assistant|>"]

@@ -14,64 +14,33 @@ Writes into out_dir, which appears whole or not at all:
 
 import argparse
 import collections
-import concurrent.futures.process
+import concurrent.futures
 import functools
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import sentencepiece
 
 from disk import locked, replacing, sync_folder
-from instructions import CONTROL, NAMES, examples_of, markers, template_for
+from errors import Parser, UserError, run
+from instructions import examples_of, markers, template_for
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import LONGEST, UserError, find_inputs, items_of, read_blocks, story_of
+from stories.read import find_inputs, items_of, read_blocks, story_of
+from tokenizer import load_tokenizer, train_tokenizer
 
 SAMPLE = 8_000_000  # characters the tokenizer is trained on at most
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a wrong option in one line, like any other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def run(main) -> None:
-    """Call main(); print a UserError, or the system's refusal (full disk, no permission), in one line."""
-    try:
-        main()
-    except UserError as e:
-        message = str(e)
-    except OSError as e:
-        message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except concurrent.futures.process.BrokenProcessPool:
-        message = "a worker process was killed, perhaps for want of memory; try --workers 1"
-    except (RuntimeError, MemoryError) as e:
-        known = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)  # PyTorch's, on GPU and CPU
-        if not known and isinstance(e, RuntimeError):
-            raise
-        message = f"out of memory ({str(e).splitlines()[0] if str(e) else 'none left'}); try a smaller batch_size"
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,59 +141,6 @@ def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-# ---------------------------------------------------------------------------------------------------
-# The tokenizer
-
-
-def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model from its bytes. Raises UserError naming `name` when it cannot serve."""
-    try:
-        loaded = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
-    except (RuntimeError, ValueError):
-        raise UserError(f"{name}: not a SentencePiece model") from None
-    try:
-        loaded.decode([[i] for i in range(loaded.vocab_size())])
-        loaded.encode("从前 once")
-    except (RuntimeError, ValueError, IndexError) as e:
-        raise UserError(f"{name}: not a SentencePiece model that works ({str(e).splitlines()[0]})") from None
-    if not 0 < loaded.vocab_size() <= 65536:
-        raise UserError(f"{name}: {loaded.vocab_size():,} pieces; the uint16 token files hold at most 65,536")
-    if loaded.eos_id() < 0 or not loaded.is_control(loaded.eos_id()):
-        raise UserError(f"{name}: has no control token for the end of a text (eos)")
-    return loaded
-
-
-def train_tokenizer(texts, vocab_size: int) -> bytes:
-    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909) and return the model's bytes."""
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,  # a small corpus gets as many pieces as it can fill
-            character_coverage=0.9995,  # the rarest characters are spelt in bytes
-            byte_fallback=True,
-            required_chars="\u2581：" + "".join(NAMES),  # the space and instructions' labels, in no story perhaps
-            # These four keep every character, so that decode(encode(story)) == story.
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=LONGEST,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            control_symbols=CONTROL,
-            minloglevel=2,
-        )
-    except RuntimeError as e:
-        reason = str(e).rsplit("] ", 1)[-1].split(". ")[0]
-        raise UserError(f"--vocab_size {vocab_size}: {reason}") from None
-    return model.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ import torch
 
 from checkpoint import build_model, read_checkpoint
 from device import choose_device, compile_model
+from errors import Parser, UserError, run
 from instructions import NAMES, markers, write_constraints
 from model import GPT
-from prepare import Parser, UserError, clean, load_tokenizer, run
+from prepare import clean
+from tokenizer import load_tokenizer
 
 
 def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:

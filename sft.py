@@ -20,12 +20,14 @@ import torch
 
 from checkpoint import build_model, newest_checkpoint, read_checkpoint, save_checkpoint
 from config import LoopSettings, load_settings
+from dataset import TokenFile, read_meta
 from device import processes
+from errors import UserError, run
 from instructions import markers
 from lora import add_lora
 from model import IGNORE
-from prepare import UserError, load_tokenizer, run
-from train import TokenFile, read_meta, train
+from tokenizer import load_tokenizer
+from train import train
 
 
 @dataclass

@@ -12,7 +12,7 @@ import sys
 import typing
 from dataclasses import dataclass
 
-from stories.read import UserError
+from errors import UserError
 
 
 @dataclass

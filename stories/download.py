@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stories.read import BLOCK, UserError
+from errors import UserError
+from stories.read import BLOCK
 
 DATASETS = {  # name: (repository, file, the key of the story)
     "tinystories-zh": ("adam89/TinyStoriesChinese", "TinyStories_all_data_zh.tar.gz", "story_zh"),

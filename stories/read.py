@@ -18,15 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
+from errors import UserError
+
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv")
 DOCUMENT_END = "<|endoftext|>"  # separates stories in .txt files; in a story it is plain text
 BLOCK = 1 << 20  # bytes of input in a block
 HEADERS = b"xgXLK"  # types of archive members that only say something about others
 LONGEST = 1 << 24  # bytes of the longest line or record we are willing to hold
-
-
-class UserError(Exception):
-    """Something the user can mend. The message names the file or key, what was found, what to do."""
 
 
 def find_inputs(inputs: list[str]) -> list[Path]:

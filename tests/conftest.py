@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-from prepare import checksum, run  # noqa: E402 (the path to it is set above)
+from errors import run  # noqa: E402 (the path to it is set above)
+from prepare import checksum  # noqa: E402 (the path to it is set above)
 
 
 @pytest.fixture(scope="session")

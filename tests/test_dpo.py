@@ -20,8 +20,10 @@ from test_train import lines_of, same, same_state, torchrun
 import dpo
 import sample
 from checkpoint import find_checkpoints, read_checkpoint
-from dpo import PairFile, Settings, pair_of, preference_loss
+from dpo import Settings, preference_loss
+from instructions import read_constraints
 from model import IGNORE
+from pairs import PairFile, pair_of
 from rewards import reward, score
 
 FIGURES = {"loss", "accuracy", "margin", "chosen_log_p", "rejected_log_p", "kl"}
@@ -245,7 +247,7 @@ def test_pairs_of_a_run(preferred, tiny_sft):
     assert 10 < len(found) <= 24 and len({line["prompt"] for line in found}) == len(found)
     references = dict(texts_of(tiny_sft, tokenizer))
     for line in found:
-        asked = dpo.read_constraints(line["prompt"])
+        asked = read_constraints(line["prompt"])
         best = score(asked, references[line["prompt"]]) | {"finished": 1.0}
         for side in ("chosen", "rejected"):
             assert line[f"{side}_scores"] == score(asked, line[side]) | {"finished": line[f"{side}_scores"]["finished"]}

@@ -20,8 +20,8 @@ import sample
 import tools.export
 from checkpoint import build_model, find_checkpoints, read_checkpoint
 from lora import add_lora
-from prepare import train_tokenizer
 from stories.generate import stories
+from tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

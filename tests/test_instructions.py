@@ -12,8 +12,8 @@ from conftest import assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errors import UserError
 from instructions import examples_of, read_constraints, write_constraints
-from prepare import UserError
 
 NAMES = ("词汇", "特点", "摘要", "随机句子")
 STORY = "小兔在草地上捡到一把铲子。“这是谁的呀？”它问小熊。小熊摇摇头，和它一起去找失主。天黑以前他们找到了。"

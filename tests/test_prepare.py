@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 import prepare
 import stories.read
-from stories.read import UserError, find_inputs, items_of, read_blocks, story_of
+from errors import UserError
+from stories.read import find_inputs, items_of, read_blocks, story_of
 
 END = "<|endoftext|>"
 MADE = ["meta.json", "tokenizer.model", "train.bin", "val.bin"]

@@ -26,8 +26,8 @@ import tools.serve
 from checkpoint import build_model, read_checkpoint
 from instructions import CONTROL, NAMES
 from model import GPT, ModelConfig
-from prepare import load_tokenizer
 from stories.generate import FEATURES
+from tokenizer import load_tokenizer
 from tools.serve import CONNECTIONS, LARGEST, WAITING, Refusal, Teller, read_story
 
 JSON = {"Content-Type": "application/json"}

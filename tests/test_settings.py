@@ -14,7 +14,7 @@ import sft
 import train
 from config import load_settings, read_config
 from device import choose_device
-from prepare import run
+from errors import run
 from train import Settings
 
 FIELDS = dataclasses.fields(Settings)

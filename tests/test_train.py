@@ -31,10 +31,11 @@ from hypothesis import strategies as st
 
 import train
 from checkpoint import build_model, find_checkpoints, read_checkpoint
+from dataset import TokenFile
+from errors import UserError
 from model import GPT, IGNORE, ModelConfig
 from muon import Muon, orthogonalized
-from prepare import UserError
-from train import Settings, TokenFile, learning_rate_at
+from train import Settings, learning_rate_at
 
 SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
 MEASURED = ("tokens_per_second", "mfu", "peak_memory")  # what differs from run to run

@@ -49,8 +49,9 @@ import sft
 import tools.eval
 import train
 from checkpoint import build_model, cut_metrics, find_checkpoints, read_checkpoint
-from prepare import UserError, load_tokenizer, run
+from errors import UserError, run
 from stories.generate import write_corpus
+from tokenizer import load_tokenizer
 
 MAINS = {"prepare.py": prepare.main, "train.py": train.main, "sft.py": sft.main, "sample.py": sample.main}
 MAINS["tools/eval.py"] = tools.eval.main
@@ -1013,14 +1014,14 @@ train.train(s, model, train_data, val_data, parts, timed)
 """
 
 
-def overhead(ground, pairs=15, turn=20):
+def overhead(ground, pairs=40, turn=10):
     """What a step of the loop costs over the bare forward, backward and step, with the demo's model and data."""
     data = ground.new("demo")
     write_corpus(data.with_suffix(".jsonl"))
     Process("prepare.py", data.with_suffix(".jsonl"), "--out_dir", data).succeeds()
     often = ["--max_iters=1000000", "--eval_interval=1000000", "--sample_interval=0", "--save_interval=1000000"]
     arguments = ["config/demo.py", f"--data_dir={data}", f"--out_dir={ground.new('cost')}", *often]
-    done = run_script("-c", COST, pairs, turn, *arguments, timeout=1200, OMP_NUM_THREADS=str(os.cpu_count()))
+    done = run_script("-c", COST, pairs, turn, *arguments, timeout=3600, OMP_NUM_THREADS=str(os.cpu_count()))
     return [loop / bare - 1 for loop, bare in json.loads(done.stdout.splitlines()[-1])]
 
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from device import choose_device, compile_model, keep_memory, matmul_rate, peak_memory
 from disk import replacing
+from errors import Parser, UserError, run
 from model import GPT, ModelConfig
-from prepare import Parser, UserError, run
 from sample import generate
 from stories.generate import stories
 

@@ -16,15 +16,16 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build_model, read_checkpoint
+from dataset import read_meta
 from device import choose_device
 from disk import replacing
+from errors import Parser, UserError, run
 from instructions import markers
 from model import IGNORE
-from prepare import Parser, UserError, load_tokenizer, run
 from rewards import average, score, tell_and_score
 from sample import add_sampling_options, sampling_options
 from sft import ExampleFile, Settings
-from train import read_meta
+from tokenizer import load_tokenizer
 
 LABELS = {
     "words": "required words present",

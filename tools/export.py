@@ -21,9 +21,10 @@ import torch
 
 from checkpoint import build_model, read_checkpoint, save_checkpoint
 from disk import replacing, sync_folder
+from errors import Parser, UserError, run
 from instructions import markers
 from model import GPT, ModelConfig
-from prepare import Parser, UserError, load_tokenizer, run
+from tokenizer import load_tokenizer
 from tools.plot import read_metrics
 
 # Ours to theirs, replaced one after the other.

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from disk import replacing
-from prepare import Parser, UserError, run
+from errors import Parser, UserError, run
 
 # What there is to see, where a run has it; the validation's figure of the same name (val_loss) goes with it.
 PANELS = {

@@ -41,9 +41,10 @@ import torch
 
 from checkpoint import build_model, read_checkpoint
 from device import choose_device
+from errors import Parser, UserError, run
 from instructions import NAMES, markers, write_constraints
-from prepare import Parser, UserError, load_tokenizer, run
 from sample import choose, cleaned, prefill
+from tokenizer import load_tokenizer
 
 PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
 TEXTS = (*NAMES.values(), "prompt")
