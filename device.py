@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 import torch.distributed as dist
 
 from config import LoopSettings
@@ -97,10 +96,11 @@ def compile_model(model: Callable, device: torch.device):
         )
         return model
     if device.type == "cpu":
+        from torch._inductor import config  # only now: it takes as long to load as PyTorch itself
+
         # One row times a matrix is bound by reading the matrix: a plain fused loop reads it up to three times as
         # fast as a matrix library does.
-        fusions = torch._inductor.config.post_grad_fusion_options
-        fusions["decompose_mm_pass"] = {"cpu_max_other_dimension_decomposition": 1 << 20}
+        config.post_grad_fusion_options["decompose_mm_pass"] = {"cpu_max_other_dimension_decomposition": 1 << 20}
     return model if device.type == "mps" else torch.compile(model)
 
 

@@ -71,7 +71,9 @@ def test_contenders_take_turns(tmp_path, capsys):
 
 
 def test_rows(tmp_path):
-    done = run_script("-m", "tools.bench", "prepare", "--megabytes", 1, "--json", tmp_path / "bench.json")
+    done = run_script(
+        "-m", "tools.bench", "prepare", "--megabytes", 1, "--rounds", 1, "--json", tmp_path / "bench.json"
+    )
     rows = json.loads((tmp_path / "bench.json").read_text())
     assert {tuple(r) for r in rows} == {("name", "value", "unit", "peer", "ratio", "bar", "holds")}
     first = rows[0]

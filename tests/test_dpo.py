@@ -293,7 +293,7 @@ def test_before_the_first_step_the_model_is_the_reference(tuned, tiny_sft, prefe
 def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
     """Killed in the middle of telling: the same file in the end, as if nothing had happened."""
     out = tmp_path / "out"
-    command = [sys.executable, *preferring(tuned, tiny_sft, out, make_pairs=True, samples=8, instructions=60)]
+    command = [sys.executable, *preferring(tuned, tiny_sft, out, make_pairs=True, samples=8, instructions=28)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
     part = out / "pairs.jsonl.part"
@@ -305,7 +305,7 @@ def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
     with open(part, "ab") as f:
         f.write(b'{"prompt": "a torn li')
     for folder in (out, tmp_path / "whole"):
-        done = preferring_here(tuned, tiny_sft, folder, make_pairs=True, samples=8, instructions=60)
+        done = preferring_here(tuned, tiny_sft, folder, make_pairs=True, samples=8, instructions=28)
         assert done.returncode == 0, done.stderr
     assert pairs_in(out) == pairs_in(tmp_path / "whole")
     assert [p.name for p in out.iterdir()] == ["pairs.jsonl"]
