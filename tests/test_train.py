@@ -834,7 +834,7 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
 def test_resume_is_exact_when_compiled(tiny_data, tmp_path):
     """With deterministic=True, on two threads."""
-    changes = {"compile": True, "deterministic": True}
+    changes = {"compile": True, "deterministic": True, "n_layer": 1}
     whole = tmp_path / "whole"
     run_script(*arguments(tiny_data, whole, **changes), OMP_NUM_THREADS="2")
     stopped_at(whole, tmp_path / "out", 8)
