@@ -96,11 +96,12 @@ def compile_model(model: Callable, device: torch.device):
         )
         return model
     if device.type == "cpu":
-        from torch._inductor import config  # only now: it takes as long to load as PyTorch itself
+        from torch._inductor import config as compiler_config  # only now: it takes as long to load as PyTorch itself
 
         # One row times a matrix is bound by reading the matrix: a plain fused loop reads it up to three times as
         # fast as a matrix library does.
-        config.post_grad_fusion_options["decompose_mm_pass"] = {"cpu_max_other_dimension_decomposition": 1 << 20}
+        limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
+        compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
     return model if device.type == "mps" else torch.compile(model)
 
 

@@ -144,7 +144,7 @@ def tune(s: Settings) -> None:
         block = model.config.block_size
         examples = ExampleFile(folder / "train.bin", dataclasses.replace(s, block_size=block), meta, answer, block)
         device, dtype = choose_device(s.device, s.dtype)
-        teller = build_model(checkpoint, source).to(device, dtype).eval()
+        teller = build_model(checkpoint, source).to(device, dtype).eval()  # `model` itself stays in float32
         write_pairs(
             pairs, teller, tokenizer, examples, s.instructions, s.samples, s.temperature, s.reference_chosen, s.seed
         )

@@ -29,6 +29,7 @@ import prepare
 import stories.read
 from errors import UserError
 from stories.read import find_inputs, items_of, read_blocks, story_of
+from tokenizer import load_tokenizer
 
 END = "<|endoftext|>"
 MADE = ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
@@ -116,12 +117,12 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(base):
-    return prepare.load_tokenizer((base / "tokenizer.model").read_bytes(), "base")
+    return load_tokenizer((base / "tokenizer.model").read_bytes(), "base")
 
 
 @pytest.fixture(scope="session")
 def chatglm(shared):
-    return prepare.load_tokenizer((shared / "chatglm_tokenizer.model").read_bytes(), "ChatGLM")
+    return load_tokenizer((shared / "chatglm_tokenizer.model").read_bytes(), "ChatGLM")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 import dpo
 import sft
-import train
 from config import load_settings, read_config
 from device import choose_device
-from errors import run
+from errors import UserError, run
 from train import Settings
 
 FIELDS = dataclasses.fields(Settings)
@@ -68,7 +67,7 @@ def test_arithmetic_equals_pythons(tmp_path_factory, source):
     try:
         expected = eval(source)
     except ArithmeticError:
-        with pytest.raises(train.UserError, match=r"arithmetic\.py:1: "):
+        with pytest.raises(UserError, match=r"arithmetic\.py:1: "):
             read_config(str(path))
         return
     found = read_config(str(path))["x"]
@@ -299,7 +298,7 @@ def test_any_argument_is_read_or_refused(text):
     for argument in (f"--{text}", f"--{text}=1", f"--max_iters={text}", f"--learning_rate={text}", f"--seed={text}"):
         try:
             assert isinstance(load_settings([argument], Settings, ""), Settings)
-        except train.UserError as e:
+        except UserError as e:
             assert len(str(e).splitlines()) == 1
         except SystemExit as e:
             assert argument == "--help" and not e.code

@@ -958,7 +958,7 @@ def part_long(ground, short):
              f"{min(files)} to {max(files)} open files, a step's time {time_slope:+.2%} per 1,000 steps")]  # fmt: skip
     if not short:
         shares = overhead(ground)
-        rows.append(("the loop against the bare forward, backward and step", f"{len(shares)} times 20 steps",
+        rows.append(("the loop beside its own forward, backward and optimizer's steps", f"{len(shares)} times 20 steps",
                      f"{np.median(shares):+.1%} (median; from {min(shares):+.1%} to {max(shares):+.1%})"))  # fmt: skip
     return rows
 
@@ -971,8 +971,8 @@ import train
 from config import load_settings
 from model import GPT, ModelConfig
 
-turns, turn = int(sys.argv[1]), int(sys.argv[2])
-s = load_settings(sys.argv[3:], train.Settings, "")
+turns, turn = 15, 20
+s = load_settings(sys.argv[1:], train.Settings, "")
 train_data, val_data, parts = train.open_data(s)
 names = ModelConfig.__dataclass_fields__.keys() & vars(s)
 model = GPT(ModelConfig(vocab_size=8192, **{name: getattr(s, name) for name in names}))
@@ -1009,15 +1009,15 @@ train.train(s, model, train_data, val_data, parts, forward)
 """
 
 
-def overhead(ground, turns=15, turn=20):
+def overhead(ground):
     """What the loop takes beside its forward, backward and optimizer's steps, with the demo's model and data: a share
-    of these, for each turn of so many steps, two of which are logged."""
+    of these, for each turn of 20 steps, two of which are logged."""
     data = ground.new("demo")
     write_corpus(data.with_suffix(".jsonl"))
     Process("prepare.py", data.with_suffix(".jsonl"), "--out_dir", data).succeeds()
     often = ["--max_iters=1000000", "--eval_interval=1000000", "--sample_interval=0", "--save_interval=1000000"]
     arguments = ["config/demo.py", f"--data_dir={data}", f"--out_dir={ground.new('cost')}", *often]
-    done = run_script("-c", COST, turns, turn, *arguments, timeout=3600, OMP_NUM_THREADS=str(os.cpu_count()))
+    done = run_script("-c", COST, *arguments, timeout=3600, OMP_NUM_THREADS=str(os.cpu_count()))
     return [whole / bare - 1 for whole, bare in json.loads(done.stdout.splitlines()[-1])]
 
 
