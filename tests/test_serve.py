@@ -353,7 +353,10 @@ def test_large_bodies(tuned_server):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the system would take it all at once
         connection.settimeout(60)
         connection.connect(("127.0.0.1", tuned_server.port))
-        connection.sendall(HEAD + b"Content-Length: 900000\r\n\r\n" + bytes(900_000))
+        connection.sendall(HEAD + b"Content-Length: 900000\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(bytes(9000))
+            time.sleep(0.002)  # on a slow way it arrives in small pieces
         connection.shutdown(socket.SHUT_WR)
         assert b" 413 " in connection.makefile("rb").readline()
 

@@ -264,9 +264,9 @@ class Visit(BaseHTTPRequestHandler):
             self.send(e.status, "application/json", json.dumps(e.sentence, ensure_ascii=False).encode(), **e.headers)
             # Closed while bytes are unread, the connection would be reset, and the answer lost on its way.
             self.connection.shutdown(socket.SHUT_WR)
-            for _ in range(16):
-                if not self.rfile.read1(1 << 16):
-                    break
+            left = 1 << 20
+            while left > 0 and (part := self.rfile.read1(1 << 16)):
+                left -= len(part)
             return
         if story:
             try:
