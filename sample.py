@@ -162,11 +162,12 @@ def cleaned(prompt: str) -> str:
 def main() -> None:
     parser = Parser(description="Tell stories from a checkpoint.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
-    parser.add_argument("--prompt", default="", help="how the stories begin")
+    beginning = parser.add_mutually_exclusive_group()
+    beginning.add_argument("--prompt", default="", help="how the stories begin")
+    beginning.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     for name, key in NAMES.items():
         parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}")
     parser.add_argument("--instruction", default="", help="an instruction in words of your own, in place of these")
-    parser.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     parser.add_argument("--num", type=int, default=3, help="stories to tell")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
@@ -197,7 +198,10 @@ def main() -> None:
         print(flush=True)
 
     constraints = {name: getattr(args, key) for name, key in NAMES.items()}
-    if (args.instruction or write_constraints(constraints)) and not template:
+    asked = args.instruction or write_constraints(constraints)
+    if args.interactive and (asked or args.prompt or args.prompt_file):
+        raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
+    if asked and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
     if args.prompt_file:
         try:

@@ -125,6 +125,8 @@ def load_settings(arguments: list[str], cls: type, usage: str):
             value = float(value)
         if type(value) is not types[key]:
             raise UserError(f"{where}: {key} must be of type {types[key].__name__}, not {value!r}")
+        if key == "max_iters":
+            values.pop("epochs", None)  # both say how long to train: the later of the two holds
         values[key] = value
 
     for argument in arguments:

@@ -168,6 +168,15 @@ def test_interactive(ckpt):
     assert not rest and process.returncode == 0
 
 
+def test_options_that_answer_the_same_question(ckpt, tmp_path):
+    """Neither of two would be passed over in silence."""
+    (tmp_path / "prompt.txt").write_text("从前")
+    prompt, file = ("--prompt", "从前"), ("--prompt_file", tmp_path / "prompt.txt")
+    assert_one_line_error(sample_here("--ckpt", ckpt, *prompt, *file), "--prompt_file")
+    for options in (prompt, file, ("--words", "猫"), ("--instruction", "讲个故事")):
+        assert_one_line_error(sample_here("--ckpt", ckpt, "--interactive", *options), "--interactive")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Whole characters
 

@@ -326,6 +326,20 @@ def test_later_ones_override(config):
     assert load("--resume=True", "--learning_rate=1").learning_rate == 1.0
 
 
+@pytest.mark.parametrize("script", [sft, dpo])
+def test_of_epochs_and_max_iters_the_later_holds(script, config):
+    path = str(config("epochs = 3.0\n"))
+    for arguments, epochs in (
+        ([path], 3),
+        ([path, "--max_iters=7"], 0),
+        (["--max_iters=7", path], 3),
+        (["--epochs=2", "--max_iters=7", "--epochs=4"], 4),
+    ):
+        s = load_settings(arguments, script.Settings, "")
+        assert s.epochs == epochs
+        assert epochs or s.max_iters == 7
+
+
 def test_names_that_people_script_against():
     names = "data_dir out_dir max_iters eval_interval save_interval log_interval batch_size gradient_accumulation_steps"
     names += " block_size n_layer n_head n_kv_head head_dim n_embd learning_rate weight_decay optimizer device dtype"
