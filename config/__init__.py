@@ -115,7 +115,7 @@ def read_config(path: str) -> dict:
 def load_settings(arguments: list[str], cls: type, usage: str):
     """Settings from a command line: config files, then --key=value, each overriding what came before."""
     types = typing.get_type_hints(cls)
-    values = {}
+    values: dict = {}
 
     def put(key, value, where):
         if key not in types:
