@@ -12,7 +12,6 @@ pairs come from stands in pairs.py.
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ class Settings(LoopSettings):
     """What the loop is told, where pairs come from, and how they are compared."""
 
     init_from: str = "out/demo_sft"  # the checkpoint to start from, which is the reference as well
-    epochs: float = 0.0  # above 0: max_iters becomes the steps that so many passes over the pairs take
     # The pairs: ready ones, or stories the model tells for instructions of data_dir, scored by rewards.py
     pairs: str = ""  # a .jsonl or .json file of prompt, chosen and rejected; empty: make them
     make_pairs: bool = False  # make the pairs and stop there
@@ -152,8 +150,6 @@ def tune(s: Settings) -> None:
         return
     files = find_inputs([s.pairs]) if s.pairs else [pairs]
     train_data, val_data = read_pairs(files, template, tokenizer, s)
-    if s.epochs:
-        s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
     # The reference is asked once, before anything is learned: no second model stays in memory.
     known = hashlib.sha256(repr((s.block_size, s.dtype)).encode())
     for part in (*(file.read_bytes() for file in files), *(w.numpy() for w in checkpoint["model"].values())):

@@ -9,7 +9,6 @@ The loop is `train.train`. What is new here is the data: several examples packed
 sees another, and a loss on the tokens of the response alone.
 """
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ class Settings(LoopSettings):
     """What the loop is told, and what of the model is to learn. The shape is that of the checkpoint."""
 
     init_from: str = "out/demo"  # the pretrained checkpoint, or a run's folder for its newest
-    epochs: float = 0.0  # above 0: max_iters becomes the steps that so many passes over the examples take
     lora_rank: int = 0  # 0: every weight learns; else only adapters of this rank do
     lora_alpha: float = 16.0  # adapters count alpha / rank times
     merge: bool = False  # train nothing: write out_dir/merged.pt, the newest checkpoint with its adapters merged
@@ -148,8 +146,6 @@ def tune(s: Settings) -> None:
             f"{data.path}: {len(data.ends):,} examples, {data.left_out:,} of them left out (longer than {limit} "
             f"tokens); {data.fill:.1%} of the rows are real tokens"
         )
-    if s.epochs:
-        s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
     parts = {"tokenizer": tokenizer, "template": template, "data": meta["train"]}
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)

@@ -197,6 +197,8 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     tokenizer = load_tokenizer(parts["tokenizer"], s.data_dir)
     prompt = prompt or [tokenizer.eos_id()]
     sequences = s.batch_size * s.gradient_accumulation_steps  # in a step, over all processes
+    if s.epochs:
+        s.max_iters = math.ceil(s.epochs * len(train_data) / sequences)
     tokens_a_step = sequences * s.block_size
     flops_a_step = model.flops_per_token(s.block_size) * tokens_a_step
     rate = matmul_rate(device, dtype) * world

@@ -27,6 +27,7 @@ class LoopSettings:
     batch_size: int = 32
     gradient_accumulation_steps: int = 1  # over all processes together
     max_iters: int = 1000
+    epochs: float = 0.0  # above 0: train for so many passes over the data, in place of max_iters
     # The optimizer
     optimizer: str = "muon"  # muon | adamw
     learning_rate: float = 0.003
@@ -126,7 +127,7 @@ def load_settings(arguments: list[str], cls: type, usage: str):
         if type(value) is not types[key]:
             raise UserError(f"{where}: {key} must be of type {types[key].__name__}, not {value!r}")
         if key == "max_iters":
-            values.pop("epochs", None)  # both say how long to train: the later of the two holds
+            values.pop("epochs", None)  # of the two that say how long to train the later holds
         values[key] = value
 
     for argument in arguments:

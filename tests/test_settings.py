@@ -326,8 +326,7 @@ def test_later_ones_override(config):
     assert load("--resume=True", "--learning_rate=1").learning_rate == 1.0
 
 
-@pytest.mark.parametrize("script", [sft, dpo])
-def test_of_epochs_and_max_iters_the_later_holds(script, config):
+def test_of_epochs_and_max_iters_the_later_holds(config):
     path = str(config("epochs = 3.0\n"))
     for arguments, epochs in (
         ([path], 3),
@@ -335,7 +334,7 @@ def test_of_epochs_and_max_iters_the_later_holds(script, config):
         (["--max_iters=7", path], 3),
         (["--epochs=2", "--max_iters=7", "--epochs=4"], 4),
     ):
-        s = load_settings(arguments, script.Settings, "")
+        s = load_settings(arguments, Settings, "")
         assert s.epochs == epochs
         assert epochs or s.max_iters == 7
 

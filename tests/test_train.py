@@ -374,6 +374,14 @@ def test_order_depends_on_epoch_and_seed(tmp_path):
     assert epochs(1) == orders[:3]
 
 
+def test_epochs_become_steps(tiny_data, tmp_path):
+    """Half a pass over the data, and the part of a step that this leaves over."""
+    data, _, _ = train.open_data(Settings(**TINY | {"data_dir": str(tiny_data)}))
+    done = train_here(tiny_data, tmp_path / "out", epochs=0.5, batch_size=16, gradient_accumulation_steps=2)
+    assert len(done.batches) == 2 * -(-len(data) // 64)
+    assert find_checkpoints(tmp_path / "out")[0].name == f"ckpt_{len(done.batches) // 2:06}.pt"
+
+
 def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
     """Two epochs of a small file, micro-batch by micro-batch, the second after a resume."""
     folder = tmp_path / "data"
