@@ -85,8 +85,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compile_model(model: Callable, device: torch.device):
-    """The model through torch.compile where that works; it shares its weights with `model`."""
+def compile_model(model: Callable, device: torch.device, mode: str | None = None):
+    """The model through torch.compile, in one of its modes, where that works; it shares its weights with `model`."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions
     if device.type != "mps" and not (shutil.which(compiler) and header.exists()):
@@ -102,7 +102,7 @@ def compile_model(model: Callable, device: torch.device):
         # fast as a matrix library does.
         limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
         compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
-    return model if device.type == "mps" else torch.compile(model)
+    return model if device.type == "mps" else torch.compile(model, mode=mode)
 
 
 def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> int:
@@ -116,7 +116,7 @@ def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> i
     token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
     if model.embedding.weight.is_cpu:  # what `attend` keeps: five eighths of all the attention weights
         token += c.n_layer * c.n_head * settings.block_size * size * 5 // 8
-    loss = LOSS_ROWS * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
+    loss = LOSS_ROWS[model.embedding.weight.device.type] * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
     return state + settings.batch_size * settings.block_size * token + loss
 
 

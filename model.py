@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IGNORE = -100  # a target of this value is not learned from
-LOSS_ROWS = 1024  # the logits of so many tokens are held at a time
+LOSS_ROWS = {"cpu": 1024, "cuda": 4096, "mps": 4096}  # the logits of so many tokens are held at a time
 
 
 @dataclass
@@ -170,14 +170,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, x.size(0), LOSS_ROWS):
-            part, target = x[start : start + LOSS_ROWS], targets[start : start + LOSS_ROWS, None]  # (R, C), (R, 1)
+        rows = LOSS_ROWS[x.device.type]
+        for start in range(0, x.size(0), rows):
+            part, target = x[start : start + rows], targets[start : start + rows, None]  # (R, C), (R, 1)
             learned = target != IGNORE  # (R, 1)
             log_p = F.linear(part, weight).float().log_softmax(dim=-1)  # (R, V)
-            total -= (log_p.gather(1, target.clamp(min=0)) * learned).sum()
+            # Not in place: compiled by PyTorch 2.11, that silently made every gradient 0.
+            total = total - (log_p.gather(1, target.clamp(min=0)) * learned).sum()
             one_hot = torch.arange(weight.size(0), device=x.device) == target  # (R, V)
             grad = ((log_p.exp() - one_hot.float()) * learned).to(x.dtype)  # (R, V)
-            grad_x[start : start + LOSS_ROWS] = grad @ weight
+            grad_x[start : start + rows] = grad @ weight
             grad_weight += grad.t() @ part
         ctx.save_for_backward(grad_x, grad_weight)
         return total

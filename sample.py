@@ -9,6 +9,7 @@ All stories are decoded as one batch with a key-value cache; the first streams t
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -81,10 +82,16 @@ def generate(
     Stops when all have ended, after max_new_tokens, or when the longest row fills block_size.
     Compiling takes some ten seconds first; a single row then takes a third of the time.
     """
-    decode = compile_model(model, model.embedding.weight.device) if compile else model
     longest = max(map(len, prompts))
     slots = min(longest + max_new_tokens, model.config.block_size)
     logits, last, seen, cache = prefill(model, prompts, slots)
+    decode = model
+    if compile:
+        # A token is so little work for a GPU that starting its kernels takes longer than they do: "reduce-overhead"
+        # records them once, as a CUDA graph, and starts them all together. A graph knows its tensors by address.
+        decode = compile_model(model, logits.device, "reduce-overhead" if logits.is_cuda else None)
+        for keys_or_values in itertools.chain(*cache):
+            torch._dynamo.mark_static_address(keys_or_values)
     seen[:, end_token] = False  # it begins every prompt; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
     ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)
