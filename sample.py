@@ -80,7 +80,7 @@ def generate(
 
     Prompts may differ in length but none may be empty. A row goes on as end_token once it has ended.
     Stops when all have ended, after max_new_tokens, or when the longest row fills block_size.
-    Compiling takes some ten seconds first; a single row then takes a third of the time, on a GPU an eighth.
+    Compiling takes ten seconds first, on a GPU 25; a single row then takes a third of the time, on a GPU an eighth.
     """
     longest = max(map(len, prompts))
     slots = min(longest + max_new_tokens, model.config.block_size)

@@ -6,8 +6,8 @@
 The budget of the original experiment, 44M parameters, spent on layers instead of a 65k vocabulary.
 It is spent over 1.3 billion tokens, about 2.5 times all 4 million stories.
 
-Reckoned: 37 TFLOP a step, 3.7 hours at 40% of the card's 71 TFLOP/s in bfloat16. Measured over 60 steps on an H200,
-a far larger card: 24 minutes for all, 10 GB.
+Reckoned: 37 TFLOP a step, 3.7 hours at 40% of the card's 71 TFLOP/s in bfloat16. On an H200, a far larger card,
+60 steps took 10 GB, at a speed that would make all in 24 minutes.
 If memory is short, halve batch_size and double gradient_accumulation_steps: the run stays the same.
 """
 

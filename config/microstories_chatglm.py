@@ -6,8 +6,8 @@
 The tokenizer is the file tokenizer.model of ChatGLM2-6B or ChatGLM3-6B on the Hugging Face hub. Three quarters
 of the 44M parameters are its embedding.
 
-Reckoned: 70 TFLOP a step, 6.9 hours at 40% of the card's 71 TFLOP/s in bfloat16. Measured over 20 steps on an H200,
-a far larger card: 41 minutes for all, 5 GB.
+Reckoned for one RTX 3090: 70 TFLOP a step, 6.9 hours at 40% of its 71 TFLOP/s in bfloat16. On an H200, a far larger
+card, 20 steps took 5 GB, at a speed that would make all in 41 minutes.
 """
 
 data_dir = "data/microstories_chatglm"

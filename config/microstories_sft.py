@@ -8,7 +8,7 @@ AdamW at 5e-4 for three epochs, as the original experiment found best. It had 71
 makes one of each of the 4 million stories.
 
 Reckoned, not measured: about a billion tokens an epoch, 2.8 hours each at 40% of the card's 71 TFLOP/s in
-bfloat16, 9 GB. With --epochs=1 the model has still seen fifty times what the original had.
+bfloat16, 5.5 GB. With --epochs=1 the model has still seen fifty times what the original had.
 """
 
 init_from = "out/microstories"

@@ -2,7 +2,7 @@
 
     python -m stories.generate --out data/stories.jsonl        write the corpus
     python -m stories.generate --check                         look for mistakes in the plots
-    python -m stories.generate --show 5 --plot 借来的铲子        read a few stories of one plot
+    python -m stories.generate --show 5 --plot 借来的东西        read a few stories of one plot
 
 How a plot is written is told in stories/README.md. The same plots give the same bytes on every
 machine: the only source of chance is `random.Random.random`, whose sequence Python promises to keep.
