@@ -131,7 +131,6 @@ def processes(s: LoopSettings):
     with locked(out_dir / "lock", out_dir) if first else contextlib.nullcontext():
         yield
         if dist.is_initialized():
-            all_reduce(torch.zeros(1))  # nobody leaves while another still saves
             dist.destroy_process_group()
 
 
@@ -139,5 +138,8 @@ def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
     """dist.all_reduce, in place. Raises UserError when one of the other processes has ended, or hangs."""
     try:
         dist.all_reduce(tensor, op)
-    except RuntimeError:
-        raise UserError("another process of this run has ended or hangs; go on with --resume=True") from None
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"another process of this run has ended or hangs ({reason}); go on with --resume=True"
+        ) from None

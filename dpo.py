@@ -120,9 +120,13 @@ def preference_loss(model, batch: dict, s: Settings) -> dict[str, torch.Tensor]:
 # A round
 
 
-def tune(s: Settings) -> None:
-    """Make the pairs unless they are there, note what the reference thinks of them, and call the loop."""
+def tune(s: Settings) -> bool:
+    """Make the pairs unless they are there, note what the reference thinks of them, and call the loop.
+
+    Returns whether another round may follow. Raises UserError.
+    """
     out_dir, folder, source = Path(s.out_dir), Path(s.data_dir), Path(s.init_from)
+    rank = int(os.environ.get("RANK", 0))
     checkpoint = read_checkpoint(source)
     tokenizer, template = load_tokenizer(checkpoint["tokenizer"], source), checkpoint.get("template")
     if not template:
@@ -146,8 +150,11 @@ def tune(s: Settings) -> None:
         write_pairs(
             pairs, teller, tokenizer, examples, s.instructions, s.samples, s.temperature, s.reference_chosen, s.seed
         )
+        del teller
+    elif not s.pairs and rank == 0:
+        print(f"{pairs}: there already, and used as it is; remove it to have pairs made anew")
     if s.make_pairs:
-        return
+        return False
     files = find_inputs([s.pairs]) if s.pairs else [pairs]
     train_data, val_data = read_pairs(files, template, tokenizer, s)
     # The reference is asked once, before anything is learned: no second model stays in memory.
@@ -156,12 +163,13 @@ def tune(s: Settings) -> None:
         known.update(part)
     for split, data in (("train", train_data), ("val", val_data)):
         path = out_dir / f"reference_{split}_{known.hexdigest()[:16]}.npy"
-        if len(data) and not path.exists():
-            found = reference_log_probs(model, data, s)
-            with replacing(path) as f:
-                np.save(f, found)
-        if len(data):
+        if len(data) and path.exists():
             data.reference = np.load(path, mmap_mode="r")
+        elif len(data):
+            data.reference = reference_log_probs(model, data, s)
+            if rank == 0:
+                with replacing(path) as f:
+                    np.save(f, data.reference)
     parts = {"tokenizer": checkpoint["tokenizer"], "template": template, "preferences": known.hexdigest()}
     if s.resume and (newest := newest_checkpoint(out_dir)):
         source, checkpoint = newest
@@ -171,7 +179,7 @@ def tune(s: Settings) -> None:
         parts["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
     ready = val_data.pairs or train_data.pairs
     prompt = ready[0][0] if ready else None
-    train(s, model, train_data, val_data, parts, functools.partial(preference_loss, s=s), prompt)
+    return train(s, model, train_data, val_data, parts, functools.partial(preference_loss, s=s), prompt)
 
 
 def main() -> None:
@@ -181,10 +189,9 @@ def main() -> None:
         for number in range(1, s.rounds + 1):
             last = number == s.rounds  # leaves its checkpoints in out_dir itself, those before in folders of it
             out_dir = s.out_dir if last else f"{s.out_dir}/round_{number}"
-            tune(dataclasses.replace(s, out_dir=out_dir, init_from=init_from, seed=seed + 1000 * (number - 1)))
-            init_from = out_dir
-            if s.make_pairs:
+            if not tune(dataclasses.replace(s, out_dir=out_dir, init_from=init_from, seed=seed + 1000 * (number - 1))):
                 break
+            init_from = out_dir
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Pairs of a better and a worse story for one instruction: ready ones read, or the model's own stories compared."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -62,11 +63,15 @@ def write_pairs(
     seed: int,
 ) -> None:
     """Let the model tell `samples` stories for each of `instructions` examples, score them, and write the best
-    and the worst of each to `path`, where they differ. Stopped and called again, it goes on where it was."""
+    and the worst of each to `path`, where they differ. Stopped and called again with the same model and
+    settings, it goes on where it was."""
     order = np.random.default_rng(seed).permutation(sorted(data.order_in_rows))[:instructions]
     at_once = max(1, TOLD_AT_ONCE // samples)
     batches = [order[i : i + at_once] for i in range(0, len(order), at_once)]
-    unfinished, kept = path.with_name(path.name + ".part"), []
+    made_with = hashlib.sha256(repr((samples, temperature, reference_chosen, seed)).encode())
+    for weight in model.state_dict().values():
+        made_with.update(weight.float().cpu().numpy())
+    unfinished, kept = path.with_name(f"{path.name}.{made_with.hexdigest()[:8]}.part"), []
     if unfinished.exists():  # the last batch in it may be a part of one
         try:
             lines = [json.loads(line) for line in unfinished.read_text(encoding="utf-8").split("\n")[:-1]]

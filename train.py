@@ -148,14 +148,14 @@ def validation_batches(data, settings: LoopSettings) -> list[dict]:
 # The loop
 
 
-def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_fn=next_token_loss, prompt=None):
+def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_fn=next_token_loss, prompt=None) -> bool:
     """Train `model` in place and leave its checkpoints and metrics.jsonl in out_dir.
 
     train_data and val_data have a length and give `batch(first, count)`, a dict of CPU tensors with count
     rows each, among them "targets"; loss_fn(model, batch) gives sums over a batch: its "loss", and what else is
     to be logged; they are averaged over data.count(batch). `parts` go into every checkpoint, so that it can be
     used alone: the tokenizer's bytes and whatever else sampling needs. `prompt`, tokens, is what the sample
-    stories follow. Raises UserError.
+    stories follow. Returns False if it was told to stop. Raises UserError.
     """
     out_dir = Path(s.out_dir)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
@@ -230,7 +230,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             batch = train_data.batch(step * sequences + i * s.batch_size, s.batch_size)
             count += train_data.count(batch)
             if i % world == rank:
-                if device.type == "cuda":  # pinned memory is copied while the GPU works
+                if device.type == "cuda":  # from pinned memory the copy does not keep the CPU waiting
                     batch = {k: v.pin_memory() for k, v in batch.items()}
                 mine.append({k: v.to(device, non_blocking=True) for k, v in batch.items()})
         return mine, count
@@ -321,7 +321,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
         due["save"] |= stopping
         due["log"] |= due["save"]  # a run that resumes there goes on with figures of the same steps
         if any(due.values()):
-            # Only here is a number read back, which makes the CPU wait for the device.
+            # Only here is a number read back, which makes the CPU wait for the device (float16 asks at each step).
             *columns, norms = torch.stack(recent).t().tolist()
             for i, (a, b) in enumerate(zip(columns[0], norms, strict=True)):
                 if not math.isfinite(a) or not (math.isfinite(b) or scaler.is_enabled()):
@@ -351,13 +351,13 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
                 record({"step": step, "tokens": step * tokens_a_step, **line})
                 told = ", ".join(f"{name[4:].replace('_', ' ')} {value:.4f}" for name, value in line.items())
                 tqdm.write(f"step {step:,}: validation {told}")
-        if rank == 0 and due["sample"]:
-            torch.use_deterministic_algorithms(False)  # sampling has sums that CUDA cannot do so
-            tqdm.write(tell(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0] + "\n")
-            torch.use_deterministic_algorithms(s.deterministic)
         if rank == 0 and due["save"]:
             save()
             saved_at = step
+        if rank == 0 and due["sample"]:
+            torch.use_deterministic_algorithms(False)  # sampling has sums that older PyTorch's CUDA cannot do so
+            tqdm.write(tell(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0] + "\n")
+            torch.use_deterministic_algorithms(s.deterministic)
         clock += time.perf_counter() - paused  # evaluating, telling and saving do not count as training
     bar.close()
     for number, handler in handlers.items():
@@ -365,6 +365,9 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
     if rank == 0 and stopping and step < s.max_iters:
         python = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
         print(f"stopped and saved at step {step}; to go on: {shlex.join([*python, *sys.argv, '--resume=True'])}")
+    if world > 1:
+        all_reduce(torch.zeros(1))  # nobody goes on while the first still saves
+    return not stopping
 
 
 def main() -> None:

@@ -296,12 +296,12 @@ def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
     command = [sys.executable, *preferring(tuned, tiny_sft, out, make_pairs=True, samples=8, instructions=28)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-    part = out / "pairs.jsonl.part"
-    while not (part.exists() and part.read_bytes().count(b"\n") > 10):
+    while not ((parts := list(out.glob("*.part"))) and parts[0].read_bytes().count(b"\n") > 10):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.kill()
     process.wait()
+    (part,) = parts
     with open(part, "ab") as f:
         f.write(b'{"prompt": "a torn li')
     for folder in (out, tmp_path / "whole"):
@@ -309,6 +309,24 @@ def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
         assert done.returncode == 0, done.stderr
     assert pairs_in(out) == pairs_in(tmp_path / "whole")
     assert [p.name for p in out.iterdir()] == ["pairs.jsonl"]
+
+
+def test_pairs_of_other_settings_are_not_gone_on_with(tuned, tiny_sft, preferred, tmp_path):
+    """A part of a file made with other samples, or by another model, is left alone."""
+    out = tmp_path / "out"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for source, changes in ((tuned, {"samples": 8}), (find_checkpoints(tuned)[1], {})):
+        before = set(out.glob("*.part"))
+        command = [sys.executable, *preferring(source, tiny_sft, out, make_pairs=True, **changes)]
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
+        while not any(part.stat().st_size for part in set(out.glob("*.part")) - before):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert preferring_here(tuned, tiny_sft, out, make_pairs=True).returncode == 0
+    assert pairs_in(out) == pairs_in(preferred)
+    assert len(list(out.glob("*.part"))) == 2
 
 
 def test_resume_is_exact(preferred, tuned, tiny_sft, tmp_path):
@@ -374,6 +392,20 @@ def test_two_rounds(tuned, tiny_sft, tmp_path):
     before = {p: p.read_bytes() for p in out.rglob("*.pt")}
     assert preferring_here(tuned, tiny_sft, out, rounds=2, max_iters=4, resume=True).returncode == 0
     assert {p: p.read_bytes() for p in out.rglob("*.pt")} == before
+
+
+def test_a_signal_ends_all_rounds(tuned, tiny_sft, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, *preferring(tuned, tiny_sft, out, rounds=2, max_iters=100_000, log_interval=1)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    metrics = out / "round_1" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped and saved" in printed.decode()
+    assert list((out / "round_1").glob("ckpt_*.pt")) and not list(out.glob("pairs*"))
 
 
 def test_two_processes_prefer_as_one(preferred, tuned, tiny_sft, tmp_path):
