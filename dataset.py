@@ -56,7 +56,8 @@ class TokenFile:
         starts = [i * self.block_size for i in chosen]
         rows = np.stack([self.tokens[start : start + self.block_size + 1] for start in starts])
         tokens = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
-        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        # Contiguous, or pinning them would gain nothing.
+        batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
         if self.end_token is not None:  # the end of a story begins the next, as it does in sampling
             batch["documents"] = (batch["tokens"] == self.end_token).cumsum(dim=1)  # (count, T)
         return batch

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures.process
+import io
 import sys
 from typing import NoReturn
 
@@ -19,6 +20,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main) -> None:
     """Call main(); print a UserError, or the system's refusal (full disk, no permission), in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Chinese shows ?
     try:
         main()
     except UserError as e:

@@ -118,8 +118,8 @@ class Attention(nn.Module):
             cache[1][row, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
             k, v = cache  # (B, K, S, D) each
         shared = q.size(1) != k.size(1)
-        if shared and (x.is_cpu or (cache is None and mask is not None)):
-            # `attend` knows no shared heads, and no fused CUDA kernel takes them together with a mask.
+        if shared and (x.is_cpu or (cache is None and (mask is not None or v.dtype == torch.float32))):
+            # `attend` knows no shared heads, and no fused CUDA kernel takes them with a mask or in float32.
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
             shared = False
         if x.is_cpu:

@@ -42,7 +42,9 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in alike.items():
                 updates = []
                 for p in weights:
-                    mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    mean = self.state[p]["momentum_buffer"]
                     mean.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(mean, group["momentum"]).to(self.dtype))
                 for p, update in zip(weights, orthogonalized(torch.stack(updates)), strict=True):

@@ -39,8 +39,7 @@ def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generato
     values, tokens = (logits.float() / temperature).topk(k)  # (B, k), (B, k), the likeliest first
     p = values.softmax(dim=-1)  # (B, k)
     p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # what stands before such a token holds top_p already
-    # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i]; unlike
-    # torch.multinomial this does not make the CPU wait for the GPU.
+    # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i].
     noise = torch.empty_like(p).exponential_(generator=generator)  # (B, k)
     return tokens.gather(1, (p / noise).argmax(dim=-1, keepdim=True))[:, 0]  # (B,)
 
@@ -83,7 +82,8 @@ def generate(
     Compiling takes ten seconds first, on a GPU 25; a single row then takes a third of the time, on a GPU an eighth.
     """
     longest = max(map(len, prompts))
-    slots = min(longest + max_new_tokens, model.config.block_size)
+    end = min(longest + max_new_tokens, model.config.block_size)
+    slots = min(-(-end // 64) * 64, model.config.block_size) if compile else end  # another number compiles again
     logits, last, seen, cache = prefill(model, prompts, slots)
     decode = model
     if compile:
@@ -95,7 +95,7 @@ def generate(
     seen[:, end_token] = False  # it begins every prompt; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
     ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)
-    for _ in range(slots - longest):
+    for _ in range(end - longest):
         token = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)  # (B,)
         token = torch.where(ended, end_token, token)  # (B,)
         yield token

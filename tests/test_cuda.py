@@ -55,8 +55,9 @@ def test_training_attends_with_fused_kernels(masked, n_kv_head):
     tokens = torch.randint(0, 97, (2, 64), device="cuda")
     documents = (torch.arange(64, device="cuda") // 20).expand(2, 64) if masked else None
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    with sdpa_kernel(fused), torch.autocast("cuda", torch.bfloat16):
-        model(tokens, tokens, documents).backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        with sdpa_kernel(fused), torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+            model(tokens, tokens, documents).backward()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -118,7 +119,13 @@ def test_tuning_and_preferring(pretrained, tiny_sft, tmp_path):
     run_script(*tuning(pretrained, tiny_sft, sft, device="cuda", compile=True))
     assert metrics_of(sft)[-1]["val_loss"] < metrics_of(sft)[0]["loss"]
     paths = {"init_from": sft, "data_dir": tiny_sft, "out_dir": dpo, "device": "cuda"}
-    options = {"block_size": TINY["block_size"] * 8, "batch_size": 4, "max_iters": 6, "instructions": 32}
+    options = {
+        "block_size": TINY["block_size"] * 8,
+        "batch_size": 4,
+        "max_iters": 6,
+        "instructions": 32,
+        "lora_rank": 4,
+    }
     run_script("dpo.py", *(f"--{key}={value}" for key, value in (paths | options).items()))
     run_script("-m", "tools.eval", "--ckpt", sft, "--ckpt", dpo, "--num", 8, "--device", "cuda", "--compile")
     run_script("sample.py", "--ckpt", dpo, "--words", "太阳", "--device", "cuda", "--dtype", "bfloat16", "--compile")

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import build_model
+from lora import add_lora
 from model import GPT, IGNORE, ModelConfig, attend, summed_loss
 from sample import choose, generate, prefill
 
@@ -255,6 +256,8 @@ def test_every_tensor_is_made_on_the_models_device(fake_cuda):
     token = choose(logits, seen, 0.8, 50, 0.95, 1.1, None)
     logits = model(token[:, None], positions=last[:, None] + 1, cache=cache)
     assert token.device.type == logits.device.type == "cuda"
+    add_lora(model, 2, 4.0)
+    assert model(tokens, tokens).device.type == "cuda"
 
 
 def test_bad_shapes_are_refused():
@@ -278,6 +281,15 @@ def test_compiled_decoding_tells_the_same():
         for rows in (prompts, prompts[:1]):
             eager, compiled = (torch.stack(list(generate(model, rows, compile=c, **options))) for c in (False, True))
             assert torch.equal(eager, compiled)
+
+
+def test_compiled_decoding_is_compiled_once():
+    """Prompts of other lengths, and fewer new tokens, ask for no other program."""
+    model, graphs = small(block_size=64), []
+    for length, new in ((2, 24), (3, 24), (9, 20), (30, 5)):
+        list(generate(model, [[7] * length], new, end_token=0, temperature=0, compile=True))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1], graphs
 
 
 def test_bfloat16_is_near():

@@ -822,6 +822,13 @@ def test_auto_is_found_on_a_cpu(tiny_data, tmp_path):
     assert done.returncode == 0 and f"cpu, torch.{'bfloat16' if able else 'float32'}" in done.stdout
 
 
+def test_a_terminal_without_chinese(tiny_data, tmp_path):
+    """Shows ? in the stories, and trains on."""
+    options = tiny(data_dir=tiny_data, out_dir=tmp_path, max_iters=4, sample_interval=2)
+    done = run_script("train.py", *options, PYTHONIOENCODING="ascii")
+    assert "??" in done.stdout and (tmp_path / "ckpt_000004.pt").exists()
+
+
 @pytest.mark.parametrize("there", [[], ["clang++"]])
 def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
     """One line says so, and it trains on; a compiler that PyTorch would not call is none."""

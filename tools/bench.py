@@ -188,6 +188,7 @@ def telling(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool
         tokens = prompts
         for _ in range(NEW_TOKENS):
             tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        tokens[0, -1].item()  # waits for a GPU
 
     return {ours: by_us, llama_of_transformers: by_transformers, classic_gpt2: without_cache}[make]
 
@@ -312,11 +313,11 @@ def bench_memory(args, folder: Path) -> list[dict]:
 
 
 def bench_decode(args, folder: Path) -> list[dict]:
-    numbers = torch.randn(1 << 28)  # 1 GiB
+    numbers = torch.randn(1 << 28, device=choose_device("auto")[0])  # 1 GiB
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        numbers.sum()
+        numbers.sum().item()
         best = min(best, time.perf_counter() - start)
     reading = numbers.numel() * 4 / best
     rows = [row("reading memory", reading / 1e9, "GB/s")]
