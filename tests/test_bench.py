@@ -61,11 +61,21 @@ def not_here():
     raise ImportError("no", name="nowhere")
 
 
+def too_large():
+    return lambda: bytes(1 << 60)
+
+
 def test_contenders_take_turns(tmp_path, capsys):
     log = str(tmp_path / "log")
-    contenders = {"slow": (waiting, 0.2, log), "absent": (not_here,), "fast": (waiting, 0.01, log)}
+    contenders = {
+        "slow": (waiting, 0.2, log),
+        "absent": (not_here,),
+        "large": (too_large,),
+        "fast": (waiting, 0.01, log),
+    }
     result = bench.race(contenders, rounds=3)
-    assert list(result) == ["slow", "fast"] and "nowhere" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert list(result) == ["slow", "fast"] and "nowhere" in printed and "large: out of memory; left out" in printed
     assert result["slow"][0] >= 0.2 and result["fast"][0] >= 0.01 and result["fast"][1] > 1e6
     assert (tmp_path / "log").read_text().split() == ["0.2", "0.01"] * 4  # once to warm up, then in turn
 
