@@ -3,7 +3,7 @@
     python prepare.py --task sft --tokenizer data/demo/tokenizer.model
     python sft.py config/demo_sft.py
 
-1,200 steps of 3,840 tokens, 1.2 epochs: about 5 minutes.
+1,200 steps of 3,840 tokens, 1.2 epochs: about 4 minutes.
 """
 
 init_from = "out/demo"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on a laptop: make the stories and the tokens, train a small model, let it tell three
 # stories; teach it to follow instructions, let it tell two to order; teach it which of its stories are better. On
-# 2 CPU cores with bfloat16 the stories take about 3 minutes after the packages are there, the instructions 5 more
+# 2 CPU cores with bfloat16 the stories take about 3 minutes after the packages are there, the instructions 4 more
 # and the preferences 3; without bfloat16 several times as long.
 # Run it again and it goes on where it stopped.
 source "$(dirname "$0")/setup.sh" requirements.txt
