@@ -20,9 +20,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main) -> None:
     """Call main(); print a UserError, or the system's refusal (full disk, no permission), in one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Chinese shows ?
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Chinese shows \u5c0f, as errors do there
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as e:

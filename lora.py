@@ -18,7 +18,8 @@ class LowRank(nn.Module):
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
         super().__init__()
         self.scale = alpha / rank
-        self.A = nn.Parameter((torch.randn(rank, weight.size(1)) / math.sqrt(rank)).to(weight))  # the same everywhere
+        start = torch.randn(rank, weight.size(1)) / math.sqrt(rank)  # drawn on the CPU: the same on every device
+        self.A = nn.Parameter(start.to(weight))
         self.B = nn.Parameter(weight.new_zeros(weight.size(0), rank))
 
     def forward(self, weight):

@@ -10,6 +10,7 @@ All stories are decoded as one batch with a key-value cache; the first streams t
 
 import argparse
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def generate(
     """
     longest = max(map(len, prompts))
     end = min(longest + max_new_tokens, model.config.block_size)
-    slots = min(-(-end // 64) * 64, model.config.block_size) if compile else end  # another number compiles again
+    slots = end
+    if compile:  # for every number of slots it would be compiled anew: few numbers, then
+        slots = min(math.ceil(end / 64) * 64, model.config.block_size)
     logits, last, seen, cache = prefill(model, prompts, slots)
     decode = model
     if compile:

@@ -355,7 +355,7 @@ def train(s: LoopSettings, model: GPT, train_data, val_data, parts: dict, loss_f
             save()
             saved_at = step
         if rank == 0 and due["sample"]:
-            torch.use_deterministic_algorithms(False)  # sampling has sums that older PyTorch's CUDA cannot do so
+            torch.use_deterministic_algorithms(False)  # older PyTorch has no such cumsum for CUDA
             tqdm.write(tell(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0] + "\n")
             torch.use_deterministic_algorithms(s.deterministic)
         clock += time.perf_counter() - paused  # evaluating, telling and saving do not count as training
