@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import build_model, read_checkpoint
 from device import choose_device, compile_model
@@ -23,6 +24,8 @@ from instructions import NAMES, markers, write_constraints
 from model import GPT
 from prepare import clean
 from tokenizer import load_tokenizer
+
+SLOTS = 64  # the cache grows by this many: it is copied and compiled anew seldom, and little of it is empty
 
 
 def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
@@ -84,21 +87,20 @@ def generate(
     """
     longest = max(map(len, prompts))
     end = min(longest + max_new_tokens, model.config.block_size)
-    slots = end
-    if compile:  # for every number of slots it would be compiled anew: few numbers, then
-        slots = min(math.ceil(end / 64) * 64, model.config.block_size)
+    # A token is so little work for a GPU that starting its kernels takes longer than they do: "reduce-overhead"
+    # records them once, as a CUDA graph, and starts them all together. A graph knows its tensors by address and
+    # size: its cache has all its slots from the start. Else it grows, for empty slots take as long as filled ones.
+    graph = compile and model.embedding.weight.is_cuda
+    slots = math.ceil((end if graph else longest) / SLOTS) * SLOTS
     logits, last, seen, cache = prefill(model, prompts, slots)
-    decode = model
-    if compile:
-        # A token is so little work for a GPU that starting its kernels takes longer than they do: "reduce-overhead"
-        # records them once, as a CUDA graph, and starts them all together. A graph knows its tensors by address.
-        decode = compile_model(model, logits.device, "reduce-overhead" if logits.is_cuda else None)
+    if graph:
         for keys_or_values in itertools.chain(*cache):
             torch._dynamo.mark_static_address(keys_or_values)
+    decode = compile_model(model, logits.device, "reduce-overhead" if graph else None) if compile else model
     seen[:, end_token] = False  # it begins every prompt; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
     ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)
-    for _ in range(end - longest):
+    for length in range(longest, end):
         token = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)  # (B,)
         token = torch.where(ended, end_token, token)  # (B,)
         yield token
@@ -107,6 +109,10 @@ def generate(
             return
         seen.scatter_(1, token[:, None], True)
         last = last + 1
+        if length == slots:
+            slots += SLOTS
+            for layer in cache:
+                layer[:] = [F.pad(kv, (0, 0, 0, SLOTS)) for kv in layer]  # (B, K, S, D) each
         # Decode: one token a row, the cache standing for all before it.
         logits = decode(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
 

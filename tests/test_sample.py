@@ -190,7 +190,7 @@ class Script:
         self.embedding = SimpleNamespace(weight=torch.zeros(1))
 
     def new_cache(self, batch, slots, dtype=None):
-        return None
+        return []
 
     def __call__(self, tokens, positions=None, cache=None, last=None):
         logits = torch.zeros(len(tokens), 1, self.config.vocab_size)
