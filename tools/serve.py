@@ -43,7 +43,7 @@ from checkpoint import build_model, read_checkpoint
 from device import choose_device
 from errors import Parser, UserError, run
 from instructions import NAMES, markers, write_constraints
-from sample import choose, cleaned, prefill
+from sample import SLOTS, choose, cleaned, prefill
 from tokenizer import load_tokenizer
 
 PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
@@ -126,9 +126,9 @@ class Teller:
                 free = self.batch - len(telling)
                 new, self.waiting = self.waiting[:free], self.waiting[free:]
             if new:
-                more_logits, more_last, _, filled = prefill(self.model, [story.prompt for story in new], self.room)
+                more_logits, more_last, _, more_cache = prefill(self.model, [story.prompt for story in new], self.room)
                 logits, last = torch.cat((logits, more_logits)), torch.cat((last, more_last))  # (B, V), (B,)
-                for layer, more in zip(cache, filled, strict=True):
+                for layer, more in zip(cache, more_cache, strict=True):
                     layer[:] = map(torch.cat, zip(layer, more, strict=True))  # (B, K, S, D) each
                 telling += new
                 chances += [torch.Generator(weight.device).manual_seed(story.seed) for story in new]
@@ -148,7 +148,10 @@ class Teller:
                 for layer in cache:
                     layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
             if telling:
-                logits = self.model(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
+                # As many slots as sample.py would have: empty ones take as long as filled ones.
+                slots = math.ceil((int(last.max()) + 1) / SLOTS) * SLOTS
+                filled = [[kv[:, :, :slots] for kv in layer] for layer in cache]  # (B, K, slots, D) each
+                logits = self.model(token[:, None], positions=last[:, None], cache=filled)[:, 0]  # (B, V)
 
 
 def read_story(body: bytes, teller: Teller) -> Story:
