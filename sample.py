@@ -25,7 +25,7 @@ from model import GPT
 from prepare import clean
 from tokenizer import load_tokenizer
 
-SLOTS = 64  # the cache grows by this many: it is copied and compiled anew seldom, and little of it is empty
+SLOTS = 64  # the cache grows by this many: it is copied seldom, and little of it is empty
 
 
 def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
@@ -93,10 +93,14 @@ def generate(
     graph = compile and model.embedding.weight.is_cuda
     slots = math.ceil((end if graph else longest) / SLOTS) * SLOTS
     logits, last, seen, cache = prefill(model, prompts, slots)
-    if graph:
+    decode = model
+    if compile:
+        decode = compile_model(model, logits.device, "reduce-overhead" if graph else None)
         for keys_or_values in itertools.chain(*cache):
-            torch._dynamo.mark_static_address(keys_or_values)
-    decode = compile_model(model, logits.device, "reduce-overhead" if graph else None) if compile else model
+            if graph:
+                torch._dynamo.mark_static_address(keys_or_values)
+            else:
+                torch._dynamo.mark_dynamic(keys_or_values, 2)  # one program for any number of slots
     seen[:, end_token] = False  # it begins every prompt; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
     ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)

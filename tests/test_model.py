@@ -283,16 +283,15 @@ def test_compiled_decoding_tells_the_same():
             assert torch.equal(eager, compiled)
 
 
-def test_compiled_decoding_is_compiled_twice():
-    """Once for a cache of the first size, once for all others, whatever the length of a prompt or a story."""
+def test_compiled_decoding_is_compiled_once():
+    """Prompts and stories of other lengths ask for no other program, though the cache grows."""
     torch._dynamo.reset()
     model, graphs = small(block_size=256), []
     for length, new in ((2, 24), (3, 40), (9, 60), (30, 200), (100, 5), (130, 100)):
         told = list(generate(model, [[7] * length], new, end_token=96, temperature=0, compile=True))
         assert len(told) == new
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    start = graphs[0] - 1
-    assert [n - start for n in graphs] == [1, 1, 2, 2, 2, 2]
+    assert 0 < graphs[0] == graphs[-1], graphs
 
 
 def test_bfloat16_is_near():
