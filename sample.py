@@ -113,7 +113,7 @@ def generate(
             return
         seen.scatter_(1, token[:, None], True)
         last = last + 1
-        if length == slots:
+        if length == slots:  # the cache is full
             slots += SLOTS
             for layer in cache:
                 layer[:] = [F.pad(kv, (0, 0, 0, SLOTS)) for kv in layer]  # (B, K, S, D) each

@@ -273,6 +273,16 @@ def test_build_model_restores(tmp_path):
     assert torch.equal(model(tokens), again(tokens))
 
 
+def test_a_cache_that_grows_tells_the_same():
+    """As without a cache: of 150 tokens, which it grows for twice, each is the likeliest after those before it."""
+    model, tokens = small(block_size=256), [3, 4, 5]
+    told = [token.item() for token in generate(model, [tokens], 150, end_token=0, temperature=0)]
+    for token in told:
+        assert token == model(torch.tensor([tokens]))[0, -1].argmax()
+        tokens = [*tokens, token]
+    assert len(set(told)) > 5, told  # not one word again and again
+
+
 def test_compiled_decoding_tells_the_same():
     model = small(block_size=256)
     prompts = [[3, 4, 5], [7]]
@@ -280,12 +290,12 @@ def test_compiled_decoding_tells_the_same():
         options |= {"max_new_tokens": 150, "end_token": 0}  # the cache grows twice
         for rows in (prompts, prompts[:1]):
             eager, compiled = (torch.stack(list(generate(model, rows, compile=c, **options))) for c in (False, True))
-            assert torch.equal(eager, compiled)
+            assert torch.equal(eager, compiled) and len(eager) == 150
 
 
 def test_compiled_decoding_is_compiled_once():
     """Prompts and stories of other lengths ask for no other program, though the cache grows."""
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # what the tests before it compiled would do for any size
     model, graphs = small(block_size=256), []
     for length, new in ((2, 24), (3, 40), (9, 60), (30, 200), (100, 5), (130, 100)):
         told = list(generate(model, [[7] * length], new, end_token=96, temperature=0, compile=True))

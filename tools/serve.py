@@ -148,7 +148,8 @@ class Teller:
                 for layer in cache:
                     layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
             if telling:
-                # As many slots as sample.py would have: empty ones take as long as filled ones.
+                # Without the slots that no story has reached: empty ones take as long as filled ones. In steps, as in
+                # sample.py: with other numbers of slots sums round otherwise, and a seed might tell another story.
                 slots = math.ceil((int(last.max()) + 1) / SLOTS) * SLOTS
                 filled = [[kv[:, :, :slots] for kv in layer] for layer in cache]  # (B, K, slots, D) each
                 logits = self.model(token[:, None], positions=last[:, None], cache=filled)[:, 0]  # (B, V)
