@@ -1,10 +1,10 @@
-"""The model: a decoder-only transformer of today, in one file.
+"""The model: a decoder-only transformer with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-Read it from the bottom up if you like the whole first (`GPT`), from the top down if you like the
-parts first. With `qk_norm` off it computes exactly what Llama computes, with it on what Qwen3 computes.
+`GPT`, at the end, is the whole; its parts stand above it. Without `qk_norm` it computes exactly what Llama
+computes, with `qk_norm` what Qwen3 computes.
 
 Letters in the shape comments: B sequences in a batch, T tokens in a sequence, C = n_embd,
-H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S slots in a key-value cache.
+H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S positions in a KV cache.
 """
 
 import math
@@ -14,9 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IGNORE = -100  # a target of this value is not learned from
-# The logits of so many tokens are held at a time: what a CPU's caches like, or fewer chunks, which compile sooner.
-LOSS_ROWS = {"cpu": 1024, "cuda": 4096, "mps": 4096}
+IGNORE = -100  # targets with this value do not count in the loss
+# Tokens whose logits are in memory at once: few fit a CPU's caches; on a GPU fewer chunks compile faster.
+LOGITS_PER_CHUNK = {"cpu": 1024, "cuda": 4096, "mps": 4096}
 
 
 @dataclass
@@ -36,13 +36,13 @@ class ModelConfig:
     qk_norm: bool = True
 
     def __post_init__(self):
-        for name in list(vars(self))[:8]:  # the counts
+        for name in list(vars(self))[:8]:  # the fields up to intermediate_size are counts
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of numbers")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of numbers")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta ({self.rope_theta}) must be above 0")
         if self.block_size > 1 << 20:
@@ -52,8 +52,8 @@ class ModelConfig:
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The cosines and sines of RoPE (Su et al. 2021, arXiv:2104.09864, equation 15), each (block_size, D).
 
-    Position t turns the pair (i, i + D/2) of every query and key by the angle t * theta^(-2i/D).
-    A product of two vectors so turned depends only on how far apart they stand.
+    Position t rotates the pair (i, i + D/2) of every query and key by the angle t * theta^(-2i/D).
+    The product of a rotated query and a rotated key depends only on the distance of their positions.
     """
     frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # (D/2,)
     angle = torch.outer(torch.arange(config.block_size).float(), frequency)  # (block_size, D/2)
@@ -62,26 +62,26 @@ def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x, (B, heads, T, D), by the angles of cos and sin, each (T, D) or (B, 1, T, D)."""
+    """Rotate x, (B, heads, T, D), by the angles of cos and sin, each (T, D) or (B, 1, T, D)."""
     left, right = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D)) v over the keys that mask, (B, 1, T, S), lets a query see, or all up to its own.
+    """softmax(q k^T / sqrt(D)) v, where mask, (B, 1, T, S), is True; without a mask, causal.
 
     q: (B, H, T, D), k and v: (B, H, S, D). Returns (B, H, T, D).
-    What `F.scaled_dot_product_attention` computes, for CPUs, where its backward pass takes three times as long.
-    Four blocks of queries, each with the keys up to its end: most of what no token may see is never computed.
+    `F.scaled_dot_product_attention` computes the same; on a CPU its backward pass takes three times as long.
+    Queries are taken in four blocks, each with the keys up to its end: most of the masked half is never computed.
     """
     T, S = q.size(2), k.size(2)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
     blocks, size = [], math.ceil(T / 4)
-    with torch.autocast(q.device.type, enabled=False):  # it would have the probabilities kept in float32
+    with torch.autocast(q.device.type, enabled=False):  # autocast would store the probabilities in float32
         for start in range(0, T, size):
             here = slice(start, start + size)
-            end = start + size if S == T else S  # with a cache, what may be seen is known to the mask alone
+            end = start + size if S == T else S  # with a cache only the mask knows what is visible
             scores = (q[:, :, here] * q.size(3) ** -0.5) @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
             scores = scores.masked_fill(~mask[..., here, :end], -torch.inf)  # (B, H, size, end)
             blocks.append(scores.softmax(dim=-1) @ v[:, :, :end])  # (B, H, size, D)
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
-        # QK-norm keeps the products of attention small, so that a high learning rate stays stable.
+        # QK-norm bounds the attention scores, so that a high learning rate stays stable.
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -107,20 +107,18 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        # Norm and rotation in the type of the angles: float32, whatever autocast made of the products around
-        # them, or bfloat16 if all of the model is.
+        # Norm and rotation in the dtype of the angles: float32 under autocast, bfloat16 if the whole model is.
         q = rotate(self.q_norm(q.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, H, T, D)
         k = rotate(self.k_norm(k.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, K, T, D)
         if cache is not None:
-            # The cache has a slot for every position, so its shape never changes: new keys and values
-            # are written at their own positions, and the mask hides the slots not reached yet.
-            row = torch.arange(B, device=x.device)[:, None]  # (B, 1)
-            cache[0][row, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
-            cache[1][row, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
+            # New keys and values are written at their positions; the mask hides positions not reached yet.
+            index = torch.arange(B, device=x.device)[:, None]  # (B, 1)
+            cache[0][index, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
+            cache[1][index, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
             k, v = cache  # (B, K, S, D) each
         shared = q.size(1) != k.size(1)
         if shared and (x.is_cpu or (cache is None and (mask is not None or v.dtype == torch.float32))):
-            # `attend` knows no shared heads, and no fused CUDA kernel takes them with a mask or in float32.
+            # `attend` needs one key head for each query head; so do CUDA's fused kernels with a mask or in float32.
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
             shared = False
         if x.is_cpu:
@@ -144,7 +142,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention mixes the tokens, SwiGLU works on each, both added to the stream."""
+    """One layer: attention mixes tokens, SwiGLU transforms each; both are added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -159,29 +157,29 @@ class Block(nn.Module):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy of x @ weight.T against targets, without ever holding all the logits.
+    """Cross entropy of x @ weight.T and targets, without all logits in memory at once.
 
-    The logits, (N, V), would be the largest tensor of a training step. Their gradient is known as soon
-    as they are (softmax minus one at the target), so forward makes LOSS_ROWS of them at a time, turns them
-    into the gradients of x and weight, and forgets them. `F.linear_cross_entropy` does the same, but
-    returns the sum in the type of x: in bfloat16 a loss of 2.31 and one of 2.32 are the same number.
+    The logits, (N, V), would be the largest tensor of a training step. Their gradient is known as soon as they are
+    (softmax minus one at the target). So forward computes the logits of LOGITS_PER_CHUNK tokens at a time, turns
+    them into the gradients of x and weight, and drops them. `F.linear_cross_entropy` does the same, but returns the
+    sum in the dtype of x: in bfloat16 a loss of 2.31 and one of 2.32 are the same number.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        rows = LOSS_ROWS[x.device.type]
-        for start in range(0, x.size(0), rows):
-            part, target = x[start : start + rows], targets[start : start + rows, None]  # (R, C), (R, 1)
-            learned = target != IGNORE  # (R, 1)
-            log_p = F.linear(part, weight).float().log_softmax(dim=-1)  # (R, V)
-            # Not in place: compiled by PyTorch 2.11, that silently made every gradient 0.
-            total = total - (log_p.gather(1, target.clamp(min=0)) * learned).sum()
+        size = LOGITS_PER_CHUNK[x.device.type]
+        for start in range(0, x.size(0), size):
+            chunk, target = x[start : start + size], targets[start : start + size, None]  # (R, C), (R, 1)
+            counts = target != IGNORE  # (R, 1)
+            log_p = F.linear(chunk, weight).float().log_softmax(dim=-1)  # (R, V)
+            # Not in place: PyTorch 2.11 compiled that to gradients that are all 0.
+            total = total - (log_p.gather(1, target.clamp(min=0)) * counts).sum()
             one_hot = torch.arange(weight.size(0), device=x.device) == target  # (R, V)
-            grad = ((log_p.exp() - one_hot.float()) * learned).to(x.dtype)  # (R, V)
-            grad_x[start : start + rows] = grad @ weight
-            grad_weight += grad.t() @ part
+            grad = ((log_p.exp() - one_hot.float()) * counts).to(x.dtype)  # (R, V)
+            grad_x[start : start + size] = grad @ weight
+            grad_weight += grad.t() @ chunk
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -200,9 +198,9 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
 
 
 class GPT(nn.Module):
-    """Tokens in, the next token's logits (or the loss) out. The embedding is also the output matrix."""
+    """Tokens in, logits of the next token (or the loss) out. The embedding is tied to the output matrix."""
 
-    cos: torch.Tensor  # these two are buffers, which a type checker does not see
+    cos: torch.Tensor  # buffers, declared for the type checker
     sin: torch.Tensor
 
     def __init__(self, config: ModelConfig):
@@ -217,10 +215,10 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal(0, 0.02); what is added to the stream is scaled down by depth (GPT-2, section 2.3)."""
+        """Normal(0, 0.02); projections into the residual stream are scaled down by depth (GPT-2, section 2.3)."""
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
-                continue  # the gains of RMSNorm start at 1
+                continue  # RMSNorm's weights start at 1
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.n_layer)
@@ -229,11 +227,9 @@ class GPT(nn.Module):
     def hidden(self, tokens, documents=None, positions=None, cache=None):
         """The final hidden states, (B, T, C), of tokens, (B, T).
 
-        A token looks at itself and all before it; with documents, (B, T), numbers that tell the texts of
-        a row apart, only at those of its own text. (Where the text begins in the row does not matter:
-        RoPE knows only distances.)
-        positions, (B, T), say where each token stands; without them they count from 0.
-        cache is what `new_cache` gave: keys and values of `positions` are written into it.
+        A token attends to itself and all tokens before it; with documents, (B, T), ids of the texts packed into a
+        sequence, only to those of its own text. positions, (B, T), default to 0, 1, 2, …
+        cache comes from `new_cache`: keys and values of `positions` are written into it.
         """
         mask = None
         if positions is None:
@@ -244,45 +240,45 @@ class GPT(nn.Module):
             same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
             mask = same.tril()[:, None]  # (B, 1, T, T)
         if cache is not None:
-            slots = torch.arange(cache[0][0].size(2), device=tokens.device)  # (S,)
-            mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+            cached = torch.arange(cache[0][0].size(2), device=tokens.device)  # (S,)
+            mask = (cached <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         x = self.embedding(tokens)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, cache and cache[layer], positions)  # (B, T, C)
         return self.norm(x)  # (B, T, C)
 
-    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None, last=None, rows=False):
-        """Without targets the logits, (B, T, V); with them, (B, T), the summed loss over those not IGNORE.
+    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None, last=None, reduction="sum"):
+        """Without targets: logits, (B, T, V), or with last, (B,), only those of that position, (B, 1, V).
 
-        With last, (B,), the logits of that place in each row alone, (B, 1, V). With rows, the loss of each row,
-        (B,), which takes the memory of all logits.
+        With targets, (B, T): the cross entropy, in nats, summed over all targets that are not IGNORE. With
+        reduction="per_sequence": summed over each sequence, (B,), which takes the memory of all logits.
         """
         x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
         if last is not None:
             x = x.gather(1, last[:, None, None].expand(-1, 1, x.size(2)))  # (B, 1, C)
         if targets is None:
             return F.linear(x, self.embedding.weight)  # (B, T, V)
-        if rows:
+        if reduction == "per_sequence":
             logits = F.linear(x, self.embedding.weight).float()  # (B, T, V)
             return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
         return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten())
 
-    def new_cache(self, batch: int, slots: int, dtype=torch.float32) -> list:
-        """An empty key-value cache: for each layer two tensors, (batch, K, slots, D)."""
-        shape = (batch, self.config.n_kv_head, slots, self.config.head_dim)
+    def new_cache(self, batch_size: int, length: int, dtype=torch.float32) -> list:
+        """An empty KV cache of `length` positions: for each layer two tensors, (B, K, S, D)."""
+        shape = (batch_size, self.config.n_kv_head, length, self.config.head_dim)
         device = self.embedding.weight.device
         return [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in self.blocks]
 
     def count_parameters(self) -> int:
-        """All parameters; the tied embedding counts once."""
+        """The number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: int) -> int:
         """Floating point operations of training on one token of a sequence of `length` tokens.
 
-        A multiplication and an addition per weight forward, twice that backward: 6 for each weight of a
-        matrix (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). A token looks back at length / 2
-        others on average: 6 * length * H * D for each layer (no work is counted for the masked half).
+        Each weight of a matrix takes a multiplication and an addition forward and twice that backward: 6
+        (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). A token attends to length / 2 others on average:
+        6 * length * H * D for each layer; the masked half does not count.
         """
         c = self.config
         weights = sum(p.numel() for p in self.parameters() if p.dim() == 2)

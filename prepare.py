@@ -5,18 +5,20 @@
     python prepare.py --download tinystories-zh --out_dir data/microstories
     python prepare.py --task sft --tokenizer data/demo/tokenizer.model          instructions, into data/demo_sft
 
-Writes into out_dir, which appears whole or not at all:
+Writes into out_dir, which appears complete or not at all:
     train.bin, val.bin   little-endian uint16 token ids, each story followed by the end token; for --task sft
-                         each story preceded by its instruction, both framed by control tokens
+                         each story preceded by its instruction, both after their control tokens
     tokenizer.model      the SentencePiece tokenizer
-    meta.json            what was counted, and the settings
+    meta.json            counts, checksums and settings
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -25,37 +27,30 @@ import shutil
 import signal
 import threading
 import time
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from disk import locked, replacing, sync_folder
-from errors import Parser, UserError, run
-from instructions import examples_of, markers, template_for
+from common.files import atomic_write, json_checksum, locked, sync_folder
+from common.settings import Parser, UserError, run
+from common.tokenizer import CONTROL_TOKENS, clean, load_tokenizer, template_for, template_tokens, text_digest
+from stories.constraints import NAMES
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import find_inputs, items_of, read_blocks, story_of
-from tokenizer import load_tokenizer, train_tokenizer
+from stories.read import LONGEST, find_inputs, items_of, read_blocks
+from stories.records import examples_of, story_of
 
-SAMPLE = 8_000_000  # characters the tokenizer is trained on at most
+SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
 
 
 # ---------------------------------------------------------------------------------------------------
-# Cleaning. This and the encoding run in worker processes, a block at a time.
-
-
-def clean(text: str) -> str:
-    """Unicode NFC, line ends as \\n, no space around. Raises UnicodeEncodeError for half a character."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
-    text.encode()  # JSON can spell half of a surrogate pair, which is no text
-    return text
+# Cleaning and encoding, in worker processes, a block of input at a time
 
 
 def texts_of(record, where: str, args: argparse.Namespace) -> Sequence[tuple[str, ...]]:
-    """What of a record becomes tokens: its story; or, for --task sft, pairs of an instruction and a story."""
+    """The texts of a record: its story; for --task sft, pairs of an instruction and a story."""
     if args.task == "sft":
         return examples_of(record, where, args.text_key, args.augment)
     return [(story_of(record, where, args.text_key),)]
@@ -63,7 +58,7 @@ def texts_of(record, where: str, args: argparse.Namespace) -> Sequence[tuple[str
 
 def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collections.Counter]:
     """The cleaned texts of a block, the story last in each, and how many were dropped for which reason."""
-    kept, dropped = [], collections.Counter[str]()
+    cleaned, dropped = [], collections.Counter[str]()
     for texts in items_of(block, extract):
         try:
             texts = tuple(map(clean, texts))
@@ -72,33 +67,26 @@ def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collectio
             continue
         if not all(texts):
             dropped["empty"] += 1
-        elif any("\u2581" in text for text in texts):  # SentencePiece writes a space as this character: it
-            dropped["unencodable"] += 1  # would come back as one
+        elif any("\u2581" in text for text in texts):  # SentencePiece writes a space as this character, and would
+            dropped["unencodable"] += 1  # decode it to a space
         else:
-            kept.append(texts)
-    return kept, dropped
-
-
-def digest(*texts: str) -> int:
-    """A number below 2**64, as if drawn at random, that never changes for a text, or a pair: it tells duplicates,
-    and decides the split. (That any two of 4 million texts share one has a chance of 1 in 2 million.)"""
-    lengths = [str(len(text)) for text in texts[:-1]]  # where one ends and the next begins
-    hashed = hashlib.blake2b("".join([*lengths, *texts]).encode(), digest_size=16, key=b"split 1337").digest()
-    return int.from_bytes(hashed[:8], "big")
+            cleaned.append(texts)
+    return cleaned, dropped
 
 
 def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
-    """The stories of a block whose digest lies at the limit or above it, by digest."""
+    """{digest: story} of the stories of a block whose digest is at least the limit."""
     block, limit = block_and_limit
-    return {n: story for *_, story in clean_block(block, extract)[0] if (n := digest(story)) >= limit}
+    return {n: story for *_, story in clean_block(block, extract)[0] if (n := text_digest(story)) >= limit}
 
 
-tokenizer: sentencepiece.SentencePieceProcessor  # start_worker sets these two, in each worker process
+tokenizer: sentencepiece.SentencePieceProcessor  # start_worker sets these two in each worker process
 frames: Sequence[list[int]]
 
 
 def encode_block(block: tuple, extract) -> tuple:
-    """Returns digests, places, lengths in tokens, characters and bytes, all tokens, and what was dropped."""
+    """Returns, for each text of a block: its digest, that of its story, its lengths in tokens, characters and bytes;
+    then all tokens in one array, and how many texts were dropped for which reason."""
     texts, dropped = clean_block(block, extract)
     encoded = [tokenizer.encode(list(part)) for part in zip(*texts, strict=True)]  # instructions and stories
     flat, ids = itertools.chain.from_iterable, []
@@ -108,32 +96,32 @@ def encode_block(block: tuple, extract) -> tuple:
         (len(i), sum(map(len, t)), sum(len(part.encode()) for part in t)) for i, t in zip(ids, texts, strict=True)
     ]
     return (
-        np.array([digest(*t) for t in texts], dtype=np.uint64),
-        np.array([digest(t[-1]) for t in texts], dtype=np.uint64),
+        np.array([text_digest(*t) for t in texts], dtype=np.uint64),
+        np.array([text_digest(t[-1]) for t in texts], dtype=np.uint64),
         np.array(lengths, dtype=np.int64).reshape(-1, 3),
         np.fromiter(flat(ids), dtype=np.uint16),
         dropped,
     )
 
 
-def end_with(parent) -> None:
-    """Wait for another process to end, and end this one then."""
+def exit_with(parent) -> None:
+    """Wait until the parent process ends, then end this one."""
     parent.join()
     os._exit(1)
 
 
 def start_worker(model: bytes = b"", before: Sequence[list[int]] = ()) -> None:
-    """In each worker process, once: end with the parent, leave Ctrl-C to it, take the tokenizer and the
+    """Initialise a worker process: it ends with its parent, leaves Ctrl-C to it, and gets the tokenizer and the
     control tokens that stand before each part of a text."""
     global tokenizer, frames
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     if model:
         tokenizer, frames = sentencepiece.SentencePieceProcessor(model_proto=model), before
 
 
 def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
-    """Like workers.map, but reads only a few blocks ahead, so that memory stays flat."""
+    """Like workers.map, but reads only a few blocks ahead, so that memory does not grow with the input."""
     waiting = collections.deque[concurrent.futures.Future]()
     for block in blocks:
         waiting.append(workers.submit(function, block, *args))
@@ -144,95 +132,175 @@ def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
 
 
 # ---------------------------------------------------------------------------------------------------
-# From inputs to a folder
+# The tokenizer
 
 
-def checksum(meta: dict) -> str:
-    """Of what meta.json holds beside this checksum."""
-    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+def train_tokenizer(texts, vocab_size: int) -> bytes:
+    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909). Returns the model file. Raises UserError."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a small corpus gets as many pieces as it can fill
+            character_coverage=0.9995,  # the rarest characters are spelt in bytes
+            byte_fallback=True,
+            required_chars="\u2581：" + "".join(NAMES),  # the space and the labels of instructions
+            # These four leave every character as it is, so that decode(encode(story)) == story.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=LONGEST,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=CONTROL_TOKENS,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        reason = str(e).rsplit("] ", 1)[-1].split(". ")[0]
+        raise UserError(f"--vocab_size {vocab_size}: {reason}") from None
+    return model.getvalue()
 
 
-def write_bins(results, folder: Path, val_fraction: float) -> dict:
-    """Write the encoded stories to train.bin and val.bin, each story once; return the counts."""
-    border = np.uint64(val_fraction * 2**64)
+def sample_stories(workers, files: list[Path], extract, val_fraction: float) -> list[str]:
+    """About SAMPLE characters of training stories, a fair sample of all files whatever their order and size.
+
+    The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever they
+    are too many, the range above the limit is halved. Raises UserError if there are none.
+    """
+    sample, limit = dict[int, str](), int(val_fraction * 2**64)
+    blocks = ((block, limit) for block in read_blocks(files, extract, "reading"))
+    for found in in_order(workers, sample_block, blocks, extract):
+        sample |= {n: story for n, story in found.items() if n >= limit}
+        while sum(map(len, sample.values())) > SAMPLE:
+            limit += (2**64 - limit) // 2
+            sample = {n: story for n, story in sample.items() if n >= limit}
+    if not sample:
+        raise UserError(f"{files[0]}: no stories found, or --val_fraction leaves none to train on")
+    return [sample[n] for n in sorted(sample)]
+
+
+def make_tokenizer(files: list[Path], extract, args: argparse.Namespace) -> bytes:
+    """The file given with --tokenizer, or a new tokenizer trained on the stories. Raises UserError."""
+    if args.tokenizer:
+        model = args.tokenizer.read_bytes()
+        load_tokenizer(model, args.tokenizer)
+        return model
+    with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
+        texts = sample_stories(workers, files, extract, args.val_fraction)
+        print(f"training a tokenizer on {sum(map(len, texts)):,} characters", flush=True)
+        # In a worker process, whose memory is free again when it ends.
+        model = workers.submit(train_tokenizer, texts, args.vocab_size).result()
+    if (size := load_tokenizer(model, "the new tokenizer").vocab_size()) < args.vocab_size:
+        print(f"the corpus fills only {size:,} of the {args.vocab_size:,} pieces asked for")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------
+# Duplicates and token files
+
+
+class SeenDigests:
+    """The digests so far, in a few sorted arrays: 8 bytes each, a fifteenth of what a set takes."""
+
+    def __init__(self):
+        self.arrays: list[np.ndarray] = []
+
+    def add(self, digests: np.ndarray) -> np.ndarray:
+        """Add digests, (N,). Returns which of them occur here for the first time, (N,) bool."""
+        distinct, first = np.unique(digests, return_index=True)
+        known = np.zeros(len(distinct), dtype=bool)
+        for array in self.arrays:
+            known |= array[np.searchsorted(array, distinct).clip(max=len(array) - 1)] == distinct
+        new = np.zeros(len(digests), dtype=bool)
+        new[first[~known]] = True
+        if new.any():
+            self.arrays.append(distinct[~known])
+        # Merging similar sizes keeps the arrays few.
+        while len(self.arrays) > 1 and len(self.arrays[-2]) < 2 * len(self.arrays[-1]):
+            self.arrays.append(np.sort(np.concatenate((self.arrays.pop(), self.arrays.pop()))))
+        return new
+
+
+def write_bins(blocks, folder: Path, val_fraction: float) -> dict:
+    """Write the texts of encoded blocks to train.bin and val.bin, each text once. Returns counts and checksums.
+
+    The digest of its story decides a text's split, so it never depends on file names or order.
+    """
+    border, seen = np.uint64(val_fraction * 2**64), SeenDigests()
     counts = {split: np.zeros(4, int) for split in ("train", "val")}
-    sums = {split: hashlib.sha256() for split in ("train", "val")}
+    checksums = {split: hashlib.sha256() for split in ("train", "val")}
     dropped = collections.Counter[str]()
-    seen: list[np.ndarray] = []  # the digests so far, in sorted arrays: a set would take 15 times as much
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for digests, places, sizes, tokens, block_dropped in results:
-            dropped += block_dropped
-            found, first = np.unique(digests, return_index=True)
-            known = np.zeros(len(found), dtype=bool)
-            for past in seen:
-                known |= past[np.searchsorted(past, found).clip(max=len(past) - 1)] == found
-            new = np.zeros(len(digests), dtype=bool)
-            new[first[~known]] = True
-            seen += [found[~known]] if new.any() else []
-            while len(seen) > 1 and len(seen[-2]) < 2 * len(seen[-1]):  # so there are never many of them
-                seen.append(np.sort(np.concatenate((seen.pop(), seen.pop()))))
+        for digests, story_digests, lengths, tokens, dropped_in_block in blocks:
+            dropped += dropped_in_block
+            new = seen.add(digests)
             dropped["duplicate"] += int((~new).sum())
-            in_val = places < border
-            for split, file, chosen in (("train", train, new & ~in_val), ("val", val, new & in_val)):
-                data = tokens[np.repeat(chosen, sizes[:, 0])].astype("<u2").tobytes()
+            in_val = story_digests < border
+            for split, file, selected in (("train", train, new & ~in_val), ("val", val, new & in_val)):
+                data = tokens[np.repeat(selected, lengths[:, 0])].astype("<u2").tobytes()
                 file.write(data)
-                sums[split].update(data)
-                counts[split] += (chosen.sum(), *sizes[chosen].sum(axis=0))
+                checksums[split].update(data)
+                counts[split] += (selected.sum(), *lengths[selected].sum(axis=0))
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
-    names = ("stories", "tokens", "characters", "bytes")
-    result = {
-        split: dict(zip(names, map(int, counts[split]), strict=True)) | {"sha256": sums[split].hexdigest()}
-        for split in counts
-    }
-    return result | {"dropped": {k: dropped[k] for k in ("duplicate", "empty", "not_unicode", "unencodable")}}
+    meta: dict = {}
+    for split in ("train", "val"):
+        meta[split] = dict(zip(("stories", "tokens", "characters", "bytes"), map(int, counts[split]), strict=True))
+        meta[split]["sha256"] = checksums[split].hexdigest()
+    return meta | {"dropped": {k: dropped[k] for k in ("duplicate", "empty", "not_unicode", "unencodable")}}
+
+
+# ---------------------------------------------------------------------------------------------------
+# From inputs to a folder
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path, made: set[str]):
+    """A new folder beside `folder` that takes its name when the body ends, or vanishes if the body fails.
+
+    Raises UserError if one of the folders holds other files than `made`.
+    """
+    final = Path(os.path.abspath(folder))
+    new, old = (final.parent / f"{final.name}.{end}" for end in ("tmp", "old"))
+    for present in (folder, new, old):
+        if present.exists() and not {p.name for p in present.iterdir()} <= made:
+            raise UserError(f"{present}: holds files that prepare.py did not make; choose another --out_dir")
+    if old.exists() and not final.exists():  # a run was killed between the two renames
+        os.replace(old, final)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+        os.replace(new, final)
+        sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        e.filename = e.filename or str(folder)  # the error of a full disk has no file name
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
-    """Do all the work into a folder beside out_dir and rename it. Returns what meta.json holds."""
+    """Write out_dir from the files. Returns what meta.json holds. Raises UserError."""
     extract = functools.partial(texts_of, args=args)
-    made = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
-    final = Path(os.path.abspath(out_dir))
-    beside, old = (final.parent / f"{final.name}.{end}" for end in ("tmp", "old"))
-    for folder in (out_dir, beside, old):
-        if folder.exists() and not {p.name for p in folder.iterdir()} <= made:
-            raise UserError(f"{folder}: holds files that prepare.py did not make; choose another --out_dir")
-    if old.exists() and not final.exists():  # stopped between the two renames
-        os.replace(old, final)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        if args.tokenizer:
-            model = args.tokenizer.read_bytes()
-            load_tokenizer(model, args.tokenizer)
-        else:
-            with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
-                # The sample is the stories whose digest lies above a limit: at first all that are not held
-                # out. Halving the room above it whenever they grow too many leaves a fair draw from all
-                # files, whatever their order and size.
-                sample, limit = dict[int, str](), int(args.val_fraction * 2**64)
-                blocks = ((block, limit) for block in read_blocks(files, extract, "reading"))
-                for found in in_order(workers, sample_block, blocks, extract):
-                    sample |= {n: story for n, story in found.items() if n >= limit}
-                    while sum(map(len, sample.values())) > SAMPLE:
-                        limit += (2**64 - limit) // 2
-                        sample = {n: story for n, story in sample.items() if n >= limit}
-                if not sample:
-                    raise UserError(f"{files[0]}: no stories found, or --val_fraction leaves none to train on")
-                print(f"training a tokenizer on {sum(map(len, sample.values())):,} characters", flush=True)
-                # In a worker, so that the memory it takes is given back.
-                texts = [sample[n] for n in sorted(sample)]
-                model = workers.submit(train_tokenizer, texts, args.vocab_size).result()
-            del sample, texts
+    with replace_folder(out_dir, {"train.bin", "val.bin", "tokenizer.model", "meta.json"}) as folder:
+        model = make_tokenizer(files, extract, args)
         trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
-        if not args.tokenizer and trained.vocab_size() < args.vocab_size:
-            print(f"the corpus fills only {trained.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
         template = template_for(trained) if args.task == "sft" else None
-        before = markers(template, trained) if template else ([],)
+        before = template_tokens(template, trained) if template else ([],)
         with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model, before)) as workers:
             blocks = read_blocks(files, extract, "encoding")
-            meta = write_bins(in_order(workers, encode_block, blocks, extract), beside, args.val_fraction)
+            meta = write_bins(in_order(workers, encode_block, blocks, extract), folder, args.val_fraction)
         if not meta["train"]["stories"] + meta["val"]["stories"]:
             raise UserError(f"{files[0]}: no stories found")
         for split in ("train", "val"):
@@ -241,25 +309,14 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id(), "template": template}
         meta |= {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
         meta |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
-        meta |= {"checksum": checksum(meta)}
+        meta |= {"checksum": json_checksum(meta)}
         for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2).encode())):
-            with replacing(beside / name) as f:
+            with atomic_write(folder / name) as f:
                 f.write(data)
-        if out_dir.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(final, old)
-        os.replace(beside, final)
-        sync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        e.filename = e.filename or str(out_dir)  # a full disk does not say where
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return meta
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Turn stories into tokens.", allow_abbrev=False)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs (default: our own stories)")
     parser.add_argument("--task", choices=("pretrain", "sft"), default="pretrain", help="stories, or instructions")
@@ -281,7 +338,13 @@ def main() -> None:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     if args.task == "sft" and not args.tokenizer:
         raise UserError("--tokenizer is missing: instructions need the one of the model to be tuned")
-    start = time.perf_counter()
+    if args.inputs and not args.out_dir and not args.download:
+        raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
+    return args
+
+
+def get_files(args: argparse.Namespace) -> list[Path]:
+    """The input files: those named, after a downloaded dataset; or the embedded corpus. Raises UserError."""
     if args.download:
         files = [download(args.download, Path("data/downloads"))]
         args.text_key = args.text_key or DATASETS[args.download][2]
@@ -292,18 +355,21 @@ def main() -> None:
             write_corpus(files[0])
     else:
         files = []
-    files += find_inputs(args.inputs)
+    return files + find_inputs(args.inputs)
+
+
+def main() -> None:
+    args, start = parse_arguments(), time.perf_counter()
+    files = get_files(args)
     args.text_key = args.text_key or "story_zh"
-    if args.inputs and not args.out_dir and not args.download:
-        raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
     suffix = "_sft" if args.task == "sft" else ""
     out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
     with locked(Path(f"{os.path.abspath(out_dir)}.lock"), out_dir):
         meta = prepare(files, out_dir, args)
     for split in ("train", "val"):
-        c, things = meta[split], "examples" if args.task == "sft" else "stories"
+        c, unit = meta[split], "examples" if args.task == "sft" else "stories"
         print(
-            f"{out_dir}/{split}.bin: {c['stories']:,} {things}, {c['characters']:,} characters, {c['tokens']:,} tokens "
+            f"{out_dir}/{split}.bin: {c['stories']:,} {unit}, {c['characters']:,} characters, {c['tokens']:,} tokens "
             f"({c['characters'] / c['tokens']:.2f} characters a token)"
         )
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())

@@ -1,14 +1,15 @@
-"""Tell stories from a checkpoint.
+"""Sample stories from a checkpoint.
 
     python sample.py --ckpt out/demo
     python sample.py --ckpt out/demo --prompt 从前 --num 5 --temperature 1.0
     python sample.py --ckpt out/demo_sft --words 铲子,草地 --features 转折
     python sample.py --ckpt out/demo_sft --interactive
 
-All stories are decoded as one batch with a key-value cache; the first streams to the terminal.
+All stories are decoded as one batch with a KV cache; the first one streams to the terminal.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -17,53 +18,70 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build_model, read_checkpoint
-from device import choose_device, compile_model
-from errors import Parser, UserError, run
-from instructions import NAMES, markers, write_constraints
+from common.checkpoint import build_model, read_checkpoint
+from common.device import choose_device, compile_model
+from common.settings import Parser, UserError, run
+from common.tokenizer import clean, load_tokenizer, template_tokens
 from model import GPT
-from prepare import clean
-from tokenizer import load_tokenizer
+from stories.constraints import NAMES, read_constraints, write_constraints
+from stories.rewards import score
 
-SLOTS = 64  # the cache grows by this many: it is copied seldom, and little of it is empty
+CACHE_STEP = 64  # the KV cache grows by this many positions: seldom copied, and little of it is empty
+
+# ---------------------------------------------------------------------------------------------------
+# Sampling
 
 
-def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
-    """Draw the next token of every row, (B,), from logits, (B, V). `seen`, (B, V): what has occurred.
+def random_noise(batch_size: int, top_k: int, vocab_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draws of Exponential(1) for `sample_token`, (B, k)."""
+    shape = (batch_size, min(top_k, vocab_size) or vocab_size)
+    return torch.empty(shape, device=generator.device).exponential_(generator=generator)
 
-    Only the top_k likeliest tokens (0: all) stay, and of these the fewest that hold top_p of the probability
-    (Holtzman et al. 2020, arXiv:1904.09751).
+
+def sample_token(logits, seen, temperature: float, top_p: float, repetition_penalty: float, noise) -> torch.Tensor:
+    """The next token of each sequence, (B,), from logits, (B, V). seen, (B, V): which tokens have occurred.
+
+    noise, (B, k): only the k most likely tokens remain, and of these the fewest that hold top_p of the probability
+    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0 the most likely token, and no noise is needed.
     """
     if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalized, logits)  # (B, V)
     if temperature == 0:
         return logits.argmax(dim=-1)  # (B,)
-    k = min(top_k, logits.size(1)) or logits.size(1)
-    values, tokens = (logits.float() / temperature).topk(k)  # (B, k), (B, k), the likeliest first
+    values, tokens = (logits.float() / temperature).topk(noise.size(1))  # (B, k), (B, k), the most likely first
     p = values.softmax(dim=-1)  # (B, k)
-    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # what stands before such a token holds top_p already
-    # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i].
-    noise = torch.empty_like(p).exponential_(generator=generator)  # (B, k)
+    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the tokens before these already hold top_p
+    # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i]. Unlike
+    # torch.multinomial this does not wait for the GPU.
     return tokens.gather(1, (p / noise).argmax(dim=-1, keepdim=True))[:, 0]  # (B,)
 
 
-def prefill(model: GPT, prompts: list[list[int]], slots: int) -> tuple:
-    """Read all prompts at once. Returns the last logits of each, (B, V), where these stand, (B,), which
-    tokens have occurred, (B, V), and the cache, of `slots` positions."""
+def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
+    """Process all prompts in one forward pass. Returns the logits after each, (B, V), the position of its last token,
+    (B,), which tokens have occurred, (B, V), and the KV cache, of cache_size positions."""
     device = model.embedding.weight.device
-    # Shorter prompts are filled up on the right. The filling is never seen: a token looks only at
-    # positions up to its own, and by then the row's own tokens have been written over it.
+    # Shorter prompts are padded on the right. No token attends to the padding: it attends only to positions up to
+    # its own, and by then generated tokens have overwritten it.
     longest = max(map(len, prompts))
-    tokens = torch.tensor(
-        [prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts], device=device
-    )  # (B, T)
+    padded = [prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts]
+    tokens = torch.tensor(padded, device=device)  # (B, T)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)  # (B,)
     positions = torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
-    cache = model.new_cache(len(prompts), slots, model.embedding.weight.dtype)
+    cache = model.new_cache(len(prompts), cache_size, model.embedding.weight.dtype)
     logits = model(tokens, positions=positions, cache=cache, last=last)[:, 0]  # (B, V)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     return logits, last, seen.scatter_(1, tokens, True), cache
+
+
+def compile_decode(model: GPT, cache: list, cuda_graph: bool):
+    """The model compiled for decoding one token at a time. On a CPU one program serves every size of the cache."""
+    for keys_or_values in itertools.chain(*cache):
+        if cuda_graph:
+            torch._dynamo.mark_static_address(keys_or_values)
+        else:
+            torch._dynamo.mark_dynamic(keys_or_values, 2)
+    return compile_model(model, model.embedding.weight.device, "reduce-overhead" if cuda_graph else None)
 
 
 @torch.inference_mode()
@@ -79,124 +97,186 @@ def generate(
     seed: int = 1337,
     compile: bool = False,
 ):
-    """Continue every prompt, all as one batch. Yields the next token of each row, (B,), step by step.
+    """Continue every prompt, all as one batch. Yields the next token of each sequence, (B,), step by step.
 
-    Prompts may differ in length but none may be empty. A row goes on as end_token once it has ended.
-    Stops when all have ended, after max_new_tokens, or when the longest row fills block_size.
-    Compiling takes ten seconds first, on a GPU 25; a single row then takes a third of the time, on a GPU an eighth.
+    Prompts may differ in length; none may be empty. A sequence that has ended yields end_token. Stops when all have
+    ended, after max_new_tokens, or when the longest sequence reaches block_size. Compiling takes ten seconds first,
+    on a GPU 25; a single sequence then takes a third of the time, on a GPU an eighth.
     """
     longest = max(map(len, prompts))
     end = min(longest + max_new_tokens, model.config.block_size)
-    # A token is so little work for a GPU that starting its kernels takes longer than they do: "reduce-overhead"
-    # records them once, as a CUDA graph, and starts them all together. A graph knows its tensors by address and
-    # size: its cache has all its slots from the start. Else it grows, for empty slots take as long as filled ones.
-    graph = compile and model.embedding.weight.is_cuda
-    slots = math.ceil((end if graph else longest) / SLOTS) * SLOTS
-    logits, last, seen, cache = prefill(model, prompts, slots)
-    decode = model
-    if compile:
-        decode = compile_model(model, logits.device, "reduce-overhead" if graph else None)
-        for keys_or_values in itertools.chain(*cache):
-            if graph:
-                torch._dynamo.mark_static_address(keys_or_values)
-            else:
-                torch._dynamo.mark_dynamic(keys_or_values, 2)  # one program for any number of slots
-    seen[:, end_token] = False  # it begins every prompt; a story must be free to end
+    # Decoding one token is so little work for a GPU that launching its kernels takes longer than running them. A
+    # CUDA graph ("reduce-overhead") launches them all at once. It needs tensors of fixed address and size, so its
+    # cache has full size from the start. Elsewhere the cache grows: attention pays for empty positions too.
+    cuda_graph = compile and model.embedding.weight.is_cuda
+    cache_size = math.ceil((end if cuda_graph else longest) / CACHE_STEP) * CACHE_STEP
+    logits, last, seen, cache = prefill(model, prompts, cache_size)
+    decode = compile_decode(model, cache, cuda_graph) if compile else model
+    seen[:, end_token] = False  # every prompt begins with it; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
-    ended = torch.zeros_like(last, dtype=torch.bool)  # (B,)
+    active = torch.arange(len(prompts), device=logits.device)  # (A,), the sequences that are still computed
+    tokens = torch.full_like(active, end_token)  # (B,)
+    ended = torch.zeros_like(active, dtype=torch.bool)  # (A,)
     for length in range(longest, end):
-        token = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)  # (B,)
-        token = torch.where(ended, end_token, token)  # (B,)
-        yield token
+        # Noise for all sequences, so that a seed gives the same stories however many have ended.
+        noise = random_noise(len(prompts), top_k, logits.size(1), generator)[active] if temperature else None  # (A, k)
+        token = sample_token(logits, seen, temperature, top_p, repetition_penalty, noise)  # (A,)
+        token = torch.where(ended, end_token, token)  # (A,)
+        yield tokens.scatter(0, active, token)
         ended |= token == end_token
-        if ended.all():
+        n_ended = int(ended.sum())
+        if n_ended == len(active):
             return
+        if n_ended > len(active) // 4 and not compile:  # compute only the others from now on
+            left = (~ended).nonzero()[:, 0]  # (A,)
+            active, token, last, seen, ended = active[left], token[left], last[left], seen[left], ended[left]
+            cache = [[kv[left] for kv in layer] for layer in cache]  # (A, K, S, D) each
         seen.scatter_(1, token[:, None], True)
-        last = last + 1
-        if length == slots:  # the cache is full
-            slots += SLOTS
-            for layer in cache:
-                layer[:] = [F.pad(kv, (0, 0, 0, SLOTS)) for kv in layer]  # (B, K, S, D) each
-        # Decode: one token a row, the cache standing for all before it.
-        logits = decode(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (B, V)
+        last = last + 1  # (A,)
+        if length == cache_size:  # the cache is full
+            cache_size += CACHE_STEP
+            cache = [[F.pad(kv, (0, 0, 0, CACHE_STEP)) for kv in layer] for layer in cache]  # (A, K, S, D) each
+        # Decode: one new token a sequence; the cache holds the keys and values of all tokens before it.
+        logits = decode(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (A, V)
 
 
-def tell(model, tokenizer, prompt: list[int], num: int, write=None, **options) -> list[str]:
-    """`num` stories that follow the tokens of `prompt`; what stands behind its last control token is their
-    beginning. The first story is passed to `write` piece by piece, as it is made. Raises UserError."""
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+def encode_prompt(tokenizer, template: str, instruction: str, beginning: str) -> list[int]:
+    """The tokens of a prompt: an instruction in its template, if there is one, and the beginning of the story.
+
+    Raises UserError for text that is not Unicode.
+    """
+    try:
+        instruction, beginning = clean(instruction), clean(beginning)
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+    tokens = [tokenizer.eos_id()]  # a story begins where another one has ended
+    if instruction:
+        before, after = template_tokens(template, tokenizer)
+        tokens += before + tokenizer.encode(instruction) + after
+    return tokens + tokenizer.encode(beginning)
+
+
+def story_start(tokenizer, prompt: list[int]) -> int:
+    """Where the beginning of the story is in a prompt: after the last control token."""
+    return 1 + max(i for i, token in enumerate(prompt) if tokenizer.is_control(token))
+
+
+def generate_text(model, tokenizer, prompt: list[int], num: int, write=None, **options) -> list[str]:
+    """`num` stories that continue the tokens of `prompt`, with the beginning that the prompt gives them.
+
+    The first story is passed to `write` piece by piece as it is generated. Raises UserError.
+    """
     if len(prompt) >= model.config.block_size:
         raise UserError(
             f"the prompt has {len(prompt):,} tokens, the model reads at most {model.config.block_size - 1:,}"
         )
-    end = tokenizer.eos_id()
-    begin = 1 + max(i for i, token in enumerate(prompt) if tokenizer.is_control(token))
-    stories = [prompt[begin:] for _ in range(num)]
+    stories = [prompt[story_start(tokenizer, prompt) :] for _ in range(num)]
     written = 0
-    for token in generate(model, [prompt] * num, end_token=end, **options):
-        for story, t in zip(stories, token.tolist(), strict=True):
-            if t != end:
-                story.append(t)
+    for tokens in generate(model, [prompt] * num, end_token=tokenizer.eos_id(), **options):
+        for story, token in zip(stories, tokens.tolist(), strict=True):
+            if token != tokenizer.eos_id():
+                story.append(token)
+        # The whole story is decoded anew and its new characters are written: the text of a token alone can differ
+        # from its text inside a story, and a rare character takes several tokens.
         text = tokenizer.decode(stories[0])
-        if write and not text.endswith("\ufffd"):  # the last token may be only a part of a character
+        if write and not text.endswith("\ufffd"):  # an incomplete character
             write(text[written:])
             written = len(text)
-    texts = [tokenizer.decode(story).rstrip("\ufffd") for story in stories]  # the end may be half a character
+    texts = [tokenizer.decode(story).rstrip("\ufffd") for story in stories]  # max_new_tokens may cut a character
     if write:
         write(texts[0][written:])
     return texts
 
 
+def sample_and_score(model, tokenizer, prompts: list[list[int]], **options) -> list[tuple[str, dict[str, float]]]:
+    """One story for each prompt, all as one batch, and its scores (see stories/rewards.py)."""
+    end, scored = tokenizer.eos_id(), []
+    steps = (tokens.tolist() for tokens in generate(model, prompts, end_token=end, **options))
+    for prompt, tokens in zip(prompts, zip(*steps, strict=True), strict=True):
+        finished = end in tokens
+        story = tokenizer.decode(list(tokens[: tokens.index(end)] if finished else tokens))
+        constraints = read_constraints(tokenizer.decode(prompt))
+        scored.append((story, score(constraints, story) | {"finished": float(finished)}))
+    return scored
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `generate` takes, for every program that tells stories."""
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest that hold this share")
+    """The options that `generate` takes, for every program that samples."""
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from the k most likely tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the most likely that hold this share")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
-    parser.add_argument("--seed", type=int, default=1337, help="the same seed tells the same stories")
-    parser.add_argument("--compile", action="store_true", help="compile first: one story at a time is then faster")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same stories")
+    parser.add_argument("--compile", action="store_true", help="compile first: then one story at a time is faster")
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: faster, less exact"
     )
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
-    """What was given of them, checked. Raises UserError."""
+    """The values of these options, checked, as arguments of `generate`. Raises UserError."""
     for key in ("temperature", "top_k", "seed"):
         if not 0 <= getattr(args, key) < 2**63:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 0 and below 2**63")
     if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
-    return {
-        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "compile")
-    }
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "compile")
+    return {name: getattr(args, name) for name in names}
 
 
-def cleaned(prompt: str) -> str:
-    """A prompt, cleaned as stories are. Raises UserError."""
-    try:
-        return clean(prompt)
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not UTF-8 text") from None
-
-
-def main() -> None:
-    parser = Parser(description="Tell stories from a checkpoint.", allow_abbrev=False)
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Sample stories from a checkpoint.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     beginning = parser.add_mutually_exclusive_group()
     beginning.add_argument("--prompt", default="", help="how the stories begin")
     beginning.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     for name, key in NAMES.items():
         parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}")
-    parser.add_argument("--instruction", default="", help="an instruction in words of your own, in place of these")
-    parser.add_argument("--num", type=int, default=3, help="stories to tell")
+    parser.add_argument("--instruction", default="", help="an instruction in your own words, instead of these")
+    parser.add_argument("--num", type=int, default=3, help="stories to sample")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--interactive", action="store_true", help="keep asking; Enter leaves one out, Ctrl-D ends")
+    parser.add_argument("--interactive", action="store_true", help="ask again and again; Enter skips, Ctrl-D ends")
     args = parser.parse_args()
     for key in ("num", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    args.instruction = args.instruction or write_constraints({name: getattr(args, key) for name, key in NAMES.items()})
+    if args.interactive and (args.instruction or args.prompt or args.prompt_file):
+        raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
+    if args.prompt_file:
+        try:
+            args.prompt = args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
+    return args
+
+
+def ask(names: list[str]):
+    """Yield what the user types for each name, as a dict, until the input ends."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper
+    while True:
+        answers = {}
+        for name in names:
+            if sys.stdin.isatty():
+                print(f"{name}: ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                return  # Ctrl-D
+            answers[name] = line.rstrip("\n")
+        yield answers
+
+
+def main() -> None:
+    args = parse_arguments()
     options = sampling_options(args) | {"max_new_tokens": args.max_new_tokens}
     device, _ = choose_device(args.device)
     checkpoint = read_checkpoint(args.ckpt)
@@ -205,43 +285,23 @@ def main() -> None:
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
     template = checkpoint.get("template", "")
+    if args.instruction and not template:
+        raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
 
-    def show(prompt: str, constraints: dict[str, str]) -> None:
-        ids = [tokenizer.eos_id()]  # a story begins where another has ended
-        if instruction := args.instruction or write_constraints(constraints):
-            before, answer = markers(template, tokenizer)
-            ids += before + tokenizer.encode(cleaned(instruction)) + answer
-        ids += tokenizer.encode(cleaned(prompt))
-        stories = tell(model, tokenizer, ids, args.num, lambda text: print(text, end="", flush=True), **options)
+    def print_stories(instruction: str, beginning: str) -> None:
+        prompt = encode_prompt(tokenizer, template, instruction, beginning)
+        write = functools.partial(print, end="", flush=True)
+        stories = generate_text(model, tokenizer, prompt, args.num, write, **options)
         for story in stories[1:]:
             print(f"\n---\n{story}", end="")
         print(flush=True)
 
-    constraints = {name: getattr(args, key) for name, key in NAMES.items()}
-    asked = args.instruction or write_constraints(constraints)
-    if args.interactive and (asked or args.prompt or args.prompt_file):
-        raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
-    if asked and not template:
-        raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
-    if args.prompt_file:
-        try:
-            args.prompt = args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
-        except UnicodeDecodeError as e:
-            raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
     if not args.interactive:
-        return show(args.prompt, constraints)
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper
-    while True:
-        answers = {}
-        for name in list(NAMES) if template else ["prompt"]:
-            if sys.stdin.isatty():
-                print(f"{name}: ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline()):
-                return  # Ctrl-D
-            answers[name] = line.rstrip("\n")
+        return print_stories(args.instruction, args.prompt)
+    for answers in ask(list(NAMES) if template else ["prompt"]):
         try:
-            show(answers.pop("prompt", ""), answers)
-        except UserError as e:  # a prompt too long is no reason to stop asking
+            print_stories(write_constraints(answers) if template else "", answers.get("prompt", ""))
+        except UserError as e:  # a prompt that is too long is no reason to stop asking
             if not sys.stdin.isatty():
                 raise
             print(f"error: {e}", file=sys.stderr)

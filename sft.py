@@ -5,159 +5,222 @@
     python sft.py config/demo_sft.py --init_from=out/demo --out_dir=out/trial --lora_rank=8
     python sft.py config/demo_sft.py --out_dir=out/trial --merge=True
 
-The loop is `train.train`. What is new here is the data: several examples packed into a row, none of which
-sees another, and a loss on the tokens of the response alone.
+The loop is `train.train`. New here: LoRA, and the data. Several examples are packed into a sequence, none of which
+attends to another, and only the tokens of the responses count in the loss.
 """
 
-import os
+import bisect
+import collections
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.utils.parametrize as parametrize
 
-from checkpoint import build_model, newest_checkpoint, read_checkpoint, save_checkpoint
-from config import LoopSettings, load_settings
-from dataset import TokenFile, read_meta
-from device import processes
-from errors import UserError, run
-from instructions import markers
-from lora import add_lora
-from model import IGNORE
-from tokenizer import load_tokenizer
-from train import train
+from common.checkpoint import build_model, newest_checkpoint, read_checkpoint, save_checkpoint
+from common.device import process_rank, processes
+from common.settings import UserError, load_settings, run, setting
+from common.tokenizer import load_tokenizer, template_tokens
+from model import GPT, IGNORE
+from train import LoopSettings, ShuffledDataset, open_tokens, read_meta, train
 
 
 @dataclass
 class Settings(LoopSettings):
-    """What the loop is told, and what of the model is to learn. The shape is that of the checkpoint."""
+    """The loop's settings, and which weights to train. The model's shape is that of the checkpoint."""
 
     init_from: str = "out/demo"  # the pretrained checkpoint, or a run's folder for its newest
-    lora_rank: int = 0  # 0: every weight learns; else only adapters of this rank do
-    lora_alpha: float = 16.0  # adapters count alpha / rank times
-    merge: bool = False  # train nothing: write out_dir/merged.pt, the newest checkpoint with its adapters merged
+    lora_rank: int = setting(0, fixed=True)  # 0: train every weight; else only adapters of this rank
+    lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
+    merge: bool = False  # no training: write out_dir/merged.pt, the newest checkpoint with its adapters merged
 
 
-def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put examples into rows, each, the longest first, into the fullest row with room for it (best fit).
+# ---------------------------------------------------------------------------------------------------
+# LoRA
 
-    Returns the examples' indices, row after row, and where in them each row begins (and the last ends).
+
+class LowRank(nn.Module):
+    """A frozen matrix W becomes W + (alpha / rank) B A, of which only A and B are trained.
+
+    LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3). B starts at zero, so the model starts unchanged.
     """
-    row_of = np.zeros(len(lengths), dtype=np.int64)
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # the rows with so many free places
-    rooms, rows = 0, 0  # bit n of rooms: there are rows with n free places
+
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
+        super().__init__()
+        self.scale = alpha / rank
+        start = torch.randn(rank, weight.size(1)) / math.sqrt(rank)  # drawn on the CPU: the same on every device
+        self.A = nn.Parameter(start.to(weight))
+        self.B = nn.Parameter(weight.new_zeros(weight.size(0), rank))
+
+    def forward(self, weight):
+        return weight + self.scale * (self.B @ self.A)  # (out, in)
+
+
+def add_lora(model: GPT, rank: int, alpha: float) -> None:
+    """Freeze the model and give each matrix of attention and SwiGLU an adapter."""
+    model.requires_grad_(False)
+    for module in list(model.blocks.modules()):
+        if isinstance(module, nn.Linear):
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+
+
+def pack(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit packing: each example, longest first, goes into the fullest sequence that has space for it.
+
+    Returns the indices of the examples, sequence after sequence, and where each sequence begins among them (with the
+    end of the last).
+    """
+    sequence_of = np.zeros(len(lengths), dtype=np.int64)
+    n_sequences, spaces = 0, list[int]()  # spaces: the amounts of free space that some sequence has, sorted
+    with_space = collections.defaultdict[int, list[int]](list)  # free space -> the sequences that have it
     for i in np.argsort(-lengths, kind="stable"):
         length = int(lengths[i])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1  # the least that suffices
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+        at = bisect.bisect_left(spaces, length)  # the smallest space that suffices
+        if at < len(spaces):
+            space = spaces[at]
+            sequence = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[at]
         else:
-            room, row, rows = row_length, rows, rows + 1
-        row_of[i] = row
-        by_room[room - length].append(row)
-        rooms |= 1 << (room - length)
-    return np.argsort(row_of, kind="stable"), np.searchsorted(np.sort(row_of), np.arange(rows + 1))
+            space, sequence, n_sequences = block_size, n_sequences, n_sequences + 1
+        sequence_of[i] = sequence
+        if not with_space[space - length]:
+            bisect.insort(spaces, space - length)
+        with_space[space - length].append(sequence)
+    starts = np.searchsorted(np.sort(sequence_of), np.arange(n_sequences + 1))
+    return np.argsort(sequence_of, kind="stable"), starts
 
 
-class ExampleFile(TokenFile):
-    """A .bin file of instructions and responses, packed into rows, in a new seeded order each epoch."""
+class ExampleFile(ShuffledDataset):
+    """A .bin file of instructions and responses, packed into sequences of block_size tokens.
 
-    end_token: int  # there is always one here
+    Two examples in one sequence (E: end token, U and A: the control tokens of the template, a b c d e f: text):
 
-    def __init__(self, path: Path, s: LoopSettings, meta: dict, answer: int, longest: int, seed: int = 0):
-        super().__init__(path, meta, s.block_size, seed)
-        self.end_token = meta["end_token"]
-        self.ends = np.flatnonzero(self.tokens == self.end_token) + 1
-        self.starts = np.append(0, self.ends[:-1])
-        self.answers = np.flatnonzero(self.tokens == answer) + 1  # where the responses begin
-        whole = len(self.answers) == len(self.ends) > 0 and self.ends[-1] == len(self.tokens)
-        if not whole or not ((self.starts < self.answers) & (self.answers < self.ends)).all():
+        tokens      E U a b A c d  E U e A f  E E     (each example begins with the end of another, as in sampling)
+        targets     - - - - c d E  - - - f E  - -     (-: IGNORE)
+        documents   7 7 7 7 7 7 7  2 2 2 2 2 -1 -1    (the index of the example: attention stays inside it)
+        positions   0 1 2 3 4 5 6  0 1 2 3 4  0 0
+    """
+
+    def __init__(self, path: Path, meta: dict, response_token: int, block_size: int, max_length: int, seed: int = 0):
+        """max_length: the most tokens of an example that the model can read. Raises UserError."""
+        super().__init__(path, seed)
+        self.tokens, self.end_token, self.block_size = open_tokens(path, meta), meta["end_token"], block_size
+        self.example_ends = np.flatnonzero(self.tokens == self.end_token) + 1
+        self.example_starts = np.append(0, self.example_ends[:-1])
+        self.response_starts = np.flatnonzero(self.tokens == response_token) + 1
+        whole = len(self.response_starts) == len(self.example_ends) > 0 and self.example_ends[-1] == len(self.tokens)
+        if (
+            not whole
+            or not ((self.example_starts < self.response_starts) & (self.response_starts < self.example_ends)).all()
+        ):
             raise UserError(f"{path}: not instructions and responses in turn; run prepare.py --task sft again")
-        lengths = self.ends - self.starts
-        fitting = np.flatnonzero(lengths <= min(s.block_size, longest))
+        lengths = self.example_ends - self.example_starts
+        self.max_length = min(block_size, max_length)
+        fitting = np.flatnonzero(lengths <= self.max_length)
         if not len(fitting):
-            raise UserError(f"{path}: no example fits into {min(s.block_size, longest)} tokens")
+            raise UserError(f"{path}: no example fits into {self.max_length} tokens")
         self.left_out = len(lengths) - len(fitting)
-        order, self.row_starts = pack(lengths[fitting], s.block_size)
-        self.order_in_rows = fitting[order]
-        self.fill = lengths[fitting].sum() / (len(self) * s.block_size)
+        packed, self.sequence_starts = pack(lengths[fitting], block_size)
+        self.packed = fitting[packed]  # the indices of the examples, sequence after sequence
+        self.efficiency = lengths[fitting].sum() / (len(self) * block_size)
 
     def __len__(self) -> int:
-        return len(self.row_starts) - 1
+        return len(self.sequence_starts) - 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {len(self.example_ends):,} examples, {self.left_out:,} left out (longer than "
+            f"{self.max_length} tokens), packing efficiency {self.efficiency:.1%}"
+        )
 
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """The instruction's tokens, with all control tokens around them, and the response's with its end."""
-        start, answer, end = self.starts[i], self.answers[i], self.ends[i]
-        # An example follows the end of another, as a story does in pretraining and in sampling.
-        instruction = np.append(self.end_token, self.tokens[start:answer]).astype(np.int64)
-        return instruction, self.tokens[answer:end].astype(np.int64)
+        """The instruction with all control tokens, and the response with its end token."""
+        start, response, end = self.example_starts[i], self.response_starts[i], self.example_ends[i]
+        instruction = np.append(self.end_token, self.tokens[start:response]).astype(np.int64)
+        return instruction, self.tokens[response:end].astype(np.int64)
 
-    def rows(self, chosen: list[int]) -> dict[str, torch.Tensor]:
-        """tokens, targets, documents (which example a token belongs to) and positions in it, (count, T) each."""
-        shape = (len(chosen), self.block_size)
+    def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """tokens, targets, documents and positions, (B, T) each."""
+        shape = (len(indices), self.block_size)
         batch = {"tokens": np.full(shape, self.end_token), "targets": np.full(shape, IGNORE)}
         batch |= {"documents": np.full(shape, -1), "positions": np.zeros(shape, dtype=np.int64)}
-        for row, number in enumerate(chosen):
-            at = 0
-            for i in self.order_in_rows[self.row_starts[number] : self.row_starts[number + 1]]:
+        for b, index in enumerate(indices):
+            start = 0
+            for i in self.packed[self.sequence_starts[index] : self.sequence_starts[index + 1]]:
                 instruction, response = self.example(i)
-                here = slice(at, at + len(instruction) + len(response) - 1)
-                batch["tokens"][row, here] = np.append(instruction, response[:-1])
-                batch["targets"][row, here.stop - len(response) : here.stop] = response
-                batch["documents"][row, here] = i
-                batch["positions"][row, here] = np.arange(here.stop - at)
-                at = here.stop
+                end = start + len(instruction) + len(response) - 1
+                batch["tokens"][b, start:end] = np.append(instruction, response[:-1])
+                batch["targets"][b, end - len(response) : end] = response
+                batch["documents"][b, start:end] = i
+                batch["positions"][b, start:end] = np.arange(end - start)
+                start = end
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def tune(s: Settings) -> None:
-    """Load the model and the examples, and call the loop; or only merge. Raises UserError."""
-    out_dir, folder = Path(s.out_dir), Path(s.data_dir)
-    if s.resume and (newest := newest_checkpoint(out_dir)):  # all that a resumed run needs: init_from may be gone
-        source, checkpoint = newest
-    else:
-        source = out_dir if s.merge else Path(s.init_from)
-        checkpoint = read_checkpoint(source)
-    model = build_model(checkpoint, source)
-    if s.merge:
-        names = ("model_config", "tokenizer", "template", "settings", "step")
-        kept = {name: checkpoint[name] for name in names if name in checkpoint}
-        save_checkpoint(out_dir / "merged.pt", kept | {"model": model.state_dict()})
-        print(f"wrote {out_dir / 'merged.pt'}")
-        return
+# ---------------------------------------------------------------------------------------------------
+# The run
 
+
+def open_examples(folder: Path, source: Path, checkpoint: dict) -> tuple[dict, str, int]:
+    """meta.json of prepared instructions, their template, and its token before a response.
+
+    Raises UserError if the folder was not prepared for the model of `checkpoint`, which was read from `source`.
+    """
     meta, tokenizer = read_meta(folder)
     if not isinstance(template := meta.get("template"), str):
         raise UserError(f"{folder}: holds stories, not instructions; run prepare.py --task sft --out_dir {folder}")
     if tokenizer != checkpoint["tokenizer"]:
         raise UserError(f"{folder}: prepared with another tokenizer than {source}'s; prepare it again with that one")
-    _, (answer,) = markers(template, load_tokenizer(tokenizer, folder))
-    limit = min(s.block_size, model.config.block_size)
+    _, (response_token,) = template_tokens(template, load_tokenizer(tokenizer, folder))
+    return meta, template, response_token
+
+
+def merge(out_dir: Path) -> None:
+    """Write out_dir/merged.pt: the newest checkpoint as an ordinary model, its adapters merged. Raises UserError."""
+    checkpoint = read_checkpoint(out_dir)
+    names = ("model_config", "tokenizer", "template", "settings", "step")
+    merged = {name: checkpoint[name] for name in names if name in checkpoint}
+    save_checkpoint(out_dir / "merged.pt", merged | {"model": build_model(checkpoint, out_dir).state_dict()})
+    print(f"wrote {out_dir / 'merged.pt'}")
+
+
+def tune(s: Settings) -> None:
+    """Load the model and the examples, and train. Raises UserError."""
+    out_dir, folder = Path(s.out_dir), Path(s.data_dir)
+    source, checkpoint = (newest_checkpoint(out_dir) if s.resume else None) or (Path(s.init_from), None)
+    checkpoint = checkpoint or read_checkpoint(source)  # a resumed run does not need init_from
+    model = build_model(checkpoint, source)
+    meta, template, response_token = open_examples(folder, source, checkpoint)
     train_data, val_data = (
-        ExampleFile(folder / f"{split}.bin", s, meta, answer, model.config.block_size, seed)
+        ExampleFile(folder / f"{split}.bin", meta, response_token, s.block_size, model.config.block_size, seed)
         for split, seed in (("train", s.seed), ("val", 0))
     )
-    for data in (train_data, val_data) if os.environ.get("RANK", "0") == "0" else ():
-        print(
-            f"{data.path}: {len(data.ends):,} examples, {data.left_out:,} of them left out (longer than {limit} "
-            f"tokens); {data.fill:.1%} of the rows are real tokens"
-        )
-    parts = {"tokenizer": tokenizer, "template": template, "data": meta["train"]}
+    if process_rank() == 0:
+        print(train_data, val_data, sep="\n")
+    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template, "data": meta["train"]}
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)
-        parts["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    prompt, _ = val_data.example(val_data.order_in_rows[0])
-    train(s, model, train_data, val_data, parts, prompt=prompt.tolist())
+        metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
+    prompt, _ = val_data.example(val_data.packed[0])
+    train(s, model, train_data, val_data, metadata, prompt=prompt.tolist())
 
 
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
     with processes(s):
-        tune(s)
+        if s.merge:
+            merge(Path(s.out_dir))
+        else:
+            tune(s)
 
 
 if __name__ == "__main__":

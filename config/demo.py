@@ -1,4 +1,4 @@
-"""A first model, trained on the embedded corpus on two CPU cores.
+"""Pretraining on the embedded corpus, on two CPU cores.
 
     python prepare.py
     python train.py config/demo.py
@@ -16,7 +16,7 @@ n_kv_head = 3
 head_dim = 64
 n_embd = 192
 intermediate_size = 512
-document_mask = True  # short stories: without it much of a row is a story that has nothing to do with the next
+document_mask = True  # the stories are short: without it most of a sequence is text of other stories
 
 batch_size = 16
 max_iters = 800

@@ -1,9 +1,9 @@
-"""The demo's model learns to prefer the better of two stories, on two CPU cores.
+"""Preference tuning of the demo's model, on two CPU cores.
 
     python dpo.py config/demo_dpo.py
 
-Stories it tells itself, the best of four against the worst; about 400 pairs, twice. A low learning rate: at three
-times as much it forgets more than it learns (docs/benchmarks.md).
+About 400 pairs of the best and the worst of four stories that the model samples itself, two epochs. With three times
+this learning rate it forgets more than it learns (docs/experiments.md).
 """
 
 init_from = "out/demo_sft"

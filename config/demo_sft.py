@@ -1,4 +1,4 @@
-"""The demo's model learns to write the story it is asked for, on two CPU cores.
+"""Instruction tuning of the demo's model, on two CPU cores.
 
     python prepare.py --task sft --tokenizer data/demo/tokenizer.model
     python sft.py config/demo_sft.py
@@ -10,10 +10,10 @@ init_from = "out/demo"
 data_dir = "data/demo_sft"
 out_dir = "out/demo_sft"
 
-block_size = 320  # two examples to a row: 98% of it is filled
+block_size = 320  # two examples in a sequence: packing efficiency 98%
 batch_size = 12
 max_iters = 1200
-learning_rate = 0.01  # higher than the stories': what a story is to hold must now come from its instruction
+learning_rate = 0.01  # higher than in pretraining, or the model does not learn to look at the instruction
 warmup_iters = 20
 cooldown = 0.9
 

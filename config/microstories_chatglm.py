@@ -6,14 +6,14 @@
 The tokenizer is the file tokenizer.model of ChatGLM2-6B or ChatGLM3-6B on the Hugging Face hub. Three quarters
 of the 44M parameters are its embedding.
 
-Reckoned for one RTX 3090: 70 TFLOP a step, 6.9 hours at 40% of its 71 TFLOP/s in bfloat16. On an H200, a far larger
-card, 20 steps took 5 GB, at a speed that would make all in 41 minutes.
+Estimated for one RTX 3090: 70 TFLOP a step, 6.9 hours at 40% of its 71 TFLOP/s in bfloat16. On an H200, 20 steps
+took 5 GB of memory; all steps would take 41 minutes.
 """
 
+base = "one_gpu.py"
 data_dir = "data/microstories_chatglm"
 out_dir = "out/microstories_chatglm"
 
-block_size = 512
 n_layer = 6
 n_head = 6
 n_kv_head = 6
@@ -30,16 +30,3 @@ learning_rate = 5e-4
 schedule = "cosine"
 min_lr = 5e-5
 warmup_iters = 1000
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
-
-log_interval = 20
-eval_interval = 500
-eval_blocks = 512
-sample_interval = 500
-save_interval = 500
-
-dtype = "bfloat16"
-deterministic = False  # what it costs on a GPU has not been measured

@@ -2,10 +2,11 @@
 
     python dpo.py config/microstories_dpo.py
 
-Never run. The shape of it is the demo's: stories the model tells itself, the best against the worst of eight,
-the reference story where it is better still, and a term that keeps the chosen ones likely.
+Never run. The recipe is the demo's: pairs of the best and the worst of eight stories that the model samples itself,
+or of the reference story where that is better, and a term that keeps the probability of the chosen ones up.
 """
 
+base = "one_gpu.py"
 init_from = "out/microstories_sft"
 data_dir = "data/microstories_sft"
 out_dir = "out/microstories_dpo"
@@ -13,7 +14,6 @@ out_dir = "out/microstories_dpo"
 instructions = 20000
 samples = 8
 
-block_size = 512
 batch_size = 8
 gradient_accumulation_steps = 4
 epochs = 1.0
@@ -27,6 +27,3 @@ nll_weight = 1.0
 eval_interval = 100
 sample_interval = 100
 save_interval = 100
-
-dtype = "bfloat16"
-deterministic = False  # what it costs on a GPU has not been measured

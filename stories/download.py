@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError
+from common.settings import UserError
 from stories.read import BLOCK
 
 DATASETS = {  # name: (repository, file, the key of the story)
@@ -23,7 +23,7 @@ DATASETS = {  # name: (repository, file, the key of the story)
 def download(dataset: str, folder: Path) -> Path:
     """Fetch a dataset's archive from the Hugging Face hub, or from the mirror HF_ENDPOINT names.
 
-    What has arrived is kept in a .part file, and a later call (or try) goes on from there.
+    What has arrived stays in a .part file; a later call (or retry) continues from there.
     """
     repository, file, _ = DATASETS[dataset]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -48,7 +48,7 @@ def download(dataset: str, folder: Path) -> Path:
                     open(part, "ab" if done else "wb") as f,
                     tqdm(total=total, initial=done, desc=file, unit="B", unit_scale=True, disable=None) as bar,
                 ):
-                    tag.write_text(reply.headers.get("ETag", ""))  # once the part of an older file is gone
+                    tag.write_text(reply.headers.get("ETag", ""))  # after the part of an older file was overwritten
                     while chunk := reply.read1(BLOCK):
                         f.write(chunk)
                         bar.update(len(chunk))
@@ -71,7 +71,7 @@ def download(dataset: str, folder: Path) -> Path:
             print(f"{url}: {getattr(e, 'reason', e)}; trying again", file=sys.stderr)
         if failures > 5:
             raise UserError(
-                f"{url}: gave up after {failures} tries; run again to go on, or set HF_ENDPOINT to a mirror"
+                f"{url}: gave up after {failures} tries; run again to continue, or set HF_ENDPOINT to a mirror"
             )
         time.sleep(2**failures - 1)
     return path

@@ -4,8 +4,8 @@
     python -m stories.generate --check                         look for mistakes in the plots
     python -m stories.generate --show 5 --plot 借来的东西        read a few stories of one plot
 
-How a plot is written is told in stories/README.md. The same plots give the same bytes on every
-machine: the only source of chance is `random.Random.random`, whose sequence Python promises to keep.
+stories/README.md explains the format of a plot. The same plots give the same bytes on every computer: the only source
+of randomness is `random.Random.random`, whose sequence Python guarantees.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from disk import replacing
+from common.files import atomic_write
 
 HERE = Path(__file__).parent
 MIN_CHARS, MAX_CHARS = 120, 300
-SKEW = 6.0  # of four tellings the first is drawn 8 times in 10: some turns are common, some rare, as in speech
+SKEW = 6.0  # of four variants the first is drawn 8 times in 10: some are common, some rare, as in real text
 FEATURES = ("对话", "转折", "坏结局", "寓意", "伏笔", "冲突")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")  # [快|慢]: the innermost brackets
 SLOT = re.compile(r"\{([^{}.]+)(?:\.([^{}]+))?\}")  # {A}, {A.家}, {物}
@@ -29,8 +29,8 @@ TAG = re.compile(r"\s*#(\S+)")
 
 
 @dataclass
-class Telling:
-    """One way to tell a beat: when it may be used, what it says, which features it brings."""
+class Variant:
+    """One text of a beat: when it may be used, what it says, which features it adds."""
 
     guards: list[str]
     text: str
@@ -45,8 +45,8 @@ class Plot:
     slots: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)  # columns, rows
     features: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
-    summaries: list[Telling] = field(default_factory=list)
-    beats: list[list[Telling]] = field(default_factory=list)
+    summaries: list[Variant] = field(default_factory=list)
+    beats: list[list[Variant]] = field(default_factory=list)
 
 
 def read_cast(path: Path = HERE / "cast.txt") -> tuple[dict, dict]:
@@ -90,10 +90,10 @@ def read_plots(folder: Path = HERE / "plots") -> list[Plot]:
                 plot.beats.append(block)
             elif line.startswith("- "):
                 if block is None:
-                    raise ValueError(f"{where}: a telling before 'summary' or 'beat'")
+                    raise ValueError(f"{where}: a variant before 'summary' or 'beat'")
                 text = line[2:]
                 guards = [g for guard in GUARD.findall(text) for g in guard.split()]
-                block.append(Telling(guards, TAG.sub("", GUARD.sub("", text)), TAG.findall(text)))
+                block.append(Variant(guards, TAG.sub("", GUARD.sub("", text)), TAG.findall(text)))
             elif line.startswith(("features:", "words:")):
                 setattr(plot, line.split(":")[0], line.split(":", 1)[1].split())
             elif re.fullmatch(r"[A-Z] = .+", line):
@@ -110,8 +110,8 @@ def read_plots(folder: Path = HERE / "plots") -> list[Plot]:
 
 
 def pick(rng: random.Random, options: list, skew: float = 1.0):
-    """Draw one of the options: each as likely as the others, or with skew > 1 the first ones likelier."""
-    # Not rng.choice: only random() is promised to stay the same in later Pythons.
+    """Draw one of the options: each as likely as the others, or with skew > 1 the first ones more likely."""
+    # Not rng.choice: Python guarantees only the sequence of random().
     return options[int(rng.random() ** skew * len(options))]
 
 
@@ -129,7 +129,7 @@ def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict,
             animal = pick(rng, animals[group])
             name = kind = animal["种类"]
             intro = f"一{animal['量']}{kind}"
-            if rng.random() < 0.25:  # some animals have a name of their own
+            if rng.random() < 0.25:  # some animals have a personal name
                 name = pick(rng, names["小名"])
                 intro = pick(rng, [f"一{animal['量']}叫{name}的{kind}", f"{kind}{name}"])
             hero = animal | {"名": name, "介": intro, "他": "它"}
@@ -138,7 +138,7 @@ def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict,
             return hero
 
 
-def tell(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float = SKEW) -> dict:
+def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float = SKEW) -> dict:
     """Expand one plot into one story, a record in TinyStoriesChinese's schema."""
     taken, values, facts = set[str](), {}, set()
     for letter, groups in plot.cast.items():
@@ -155,13 +155,13 @@ def tell(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float
         value = values[match[1]]
         return value[match[2] or "名"] if isinstance(value, dict) else value
 
-    def expand(tellings: list[Telling]) -> str:
-        fits = [t for t in tellings if all((g[0] != "!") == (g.lstrip("!") in facts) for g in t.guards)]
+    def expand(variants: list[Variant]) -> str:
+        fits = [t for t in variants if all((g[0] != "!") == (g.lstrip("!") in facts) for g in t.guards)]
         if not fits:
             return ""
-        telling = pick(rng, fits, skew)
-        features.update(telling.features)
-        text = telling.text
+        variant = pick(rng, fits, skew)
+        features.update(variant.features)
+        text = variant.text
         while CHOICE.search(text):
             text = CHOICE.sub(lambda m: pick(rng, m[1].split("|"), skew), text, count=1)
         return SLOT.sub(fill, text)
@@ -171,13 +171,13 @@ def tell(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float
         features.add("对话")
     words = [w for w in plot.words if w in story]
     sentences = [s for s in re.findall(r"[^。！？“”]+[。！？]", story) if 8 <= len(s) <= 40]
-    # A story is about what it keeps coming back to: a word is drawn in proportion to the square of its count
-    # (without replacement: Efraimidis and Spirakis 2006).
-    chosen = sorted(words, key=lambda w: -(rng.random() ** (1 / story.count(w) ** 2)))[:3]
+    # Words that occur often are what the story is about: a word is drawn with a weight of its count squared,
+    # without replacement (Efraimidis and Spirakis 2006).
+    required = sorted(words, key=lambda w: -(rng.random() ** (1 / story.count(w) ** 2)))[:3]
     return {
         "story_zh": story,
         "summary_zh": expand(plot.summaries),
-        "instruction": {"words": chosen, "features": [f for f in FEATURES if f in features]},
+        "instruction": {"words": required, "features": [f for f in FEATURES if f in features]},
         "sentence_zh": pick(rng, sentences) if sentences else "",
         "source": plot.name,
     }
@@ -188,7 +188,7 @@ def stories(count: int, seed: int = 0):
     (names, animals), plots = read_cast(), read_plots()
     rng, seen = random.Random(seed), set[str]()
     while len(seen) < count:
-        story = tell(rng, pick(rng, plots), names, animals)
+        story = make_story(rng, pick(rng, plots), names, animals)
         text = story["story_zh"]
         if text not in seen and MIN_CHARS <= len(text) <= MAX_CHARS and len(story["instruction"]["words"]) == 3:
             seen.add(text)
@@ -196,15 +196,15 @@ def stories(count: int, seed: int = 0):
 
 
 def write_corpus(path: Path, count: int = 24_000) -> None:
-    """Write the corpus as JSON lines. The file appears whole or not at all."""
+    """Write the corpus as JSON lines. The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         for story in stories(count):
             f.write(json.dumps(story, ensure_ascii=False).encode() + b"\n")
 
 
 def check(plots: list[Plot], tries: int = 300) -> list[str]:
-    """Look for mistakes in the plots and return them, a line each."""
+    """Return the mistakes in the plots, one line each."""
     names, animals = read_cast()
     groups, found = {"孩子", *animals}, []
     for plot in plots:
@@ -220,25 +220,27 @@ def check(plots: list[Plot], tries: int = 300) -> list[str]:
         found += [f"{plot.where}: {plot.name}: unknown feature {f}" for f in set(plot.features) - set(FEATURES)]
         if len(plot.beats) < 5 or not plot.summaries or len(set(plot.words)) < 10:
             found.append(f"{plot.where}: {plot.name}: needs at least 5 beats, a summary and 10 words")
-        for telling in [*plot.summaries, *(t for beat in plot.beats for t in beat)]:
-            bad = [f"guard <{g}> never holds" for g in telling.guards if g.lstrip("!") not in facts]
-            bad += [f"unknown slot {{{a}}}" for a, _ in SLOT.findall(telling.text) if a not in columns | set(plot.cast)]
-            bad += [f"unknown feature #{f}" for f in telling.features if f not in FEATURES]
-            bad += [c for c in "[]{}<>" if telling.text.count(c) != telling.text.count({"[": "]", "{": "}"}.get(c, c))]
-            if re.search(r"[,!?:;\"']|\.(?![^{}]*\})", telling.text):
+        for variant in [*plot.summaries, *(t for beat in plot.beats for t in beat)]:
+            bad = [f"guard <{g}> never holds" for g in variant.guards if g.lstrip("!") not in facts]
+            bad += [f"unknown slot {{{a}}}" for a, _ in SLOT.findall(variant.text) if a not in columns | set(plot.cast)]
+            bad += [f"unknown feature #{f}" for f in variant.features if f not in FEATURES]
+            bad += [c for c in "[]{}<>" if variant.text.count(c) != variant.text.count({"[": "]", "{": "}"}.get(c, c))]
+            if re.search(r"[,!?:;\"']|\.(?![^{}]*\})", variant.text):
                 bad.append("Western punctuation")
-            if telling.text.count("“") != telling.text.count("”"):
+            if variant.text.count("“") != variant.text.count("”"):
                 bad.append("quotes do not match")
-            found += [f"{plot.where}: {plot.name}: {b} in {telling.text!r}" for b in bad]
+            found += [f"{plot.where}: {plot.name}: {b} in {variant.text!r}" for b in bad]
         if any(f.startswith(f"{plot.where}: {plot.name}") for f in found):
             continue
         rng = random.Random(1)
-        told = [tell(rng, plot, names, animals, skew=1.0) for _ in range(tries)]  # the rare tellings too
-        good = [s for s in told if MIN_CHARS <= len(s["story_zh"]) <= MAX_CHARS and len(s["instruction"]["words"]) == 3]
-        text = "".join(s["story_zh"] for s in told)
+        drawn = [make_story(rng, plot, names, animals, skew=1.0) for _ in range(tries)]  # rare variants too
+        good = [
+            s for s in drawn if MIN_CHARS <= len(s["story_zh"]) <= MAX_CHARS and len(s["instruction"]["words"]) == 3
+        ]
+        text = "".join(s["story_zh"] for s in drawn)
         if len(good) < 0.9 * tries:
-            short = sum(len(s["story_zh"]) < MIN_CHARS for s in told)
-            long = sum(len(s["story_zh"]) > MAX_CHARS for s in told)
+            short = sum(len(s["story_zh"]) < MIN_CHARS for s in drawn)
+            long = sum(len(s["story_zh"]) > MAX_CHARS for s in drawn)
             found.append(
                 f"{plot.where}: {plot.name}: of {tries} stories {short} are under {MIN_CHARS} characters, "
                 f"{long} over {MAX_CHARS}, {tries - len(good) - short - long} lack three words"
@@ -247,11 +249,11 @@ def check(plots: list[Plot], tries: int = 300) -> list[str]:
         for pattern in ("。。", "，，", "，。", "。，", "！。", "。！", "？。", "：。", "的的", "了了", "{", "[", "]"):
             if pattern in text:
                 found.append(f"{plot.where}: {plot.name}: {pattern!r} in a story")
-        if any(not s["summary_zh"] or not s["sentence_zh"] for s in told):
+        if any(not s["summary_zh"] or not s["sentence_zh"] for s in drawn):
             found.append(f"{plot.where}: {plot.name}: a story without a summary or a sentence")
-        tellings = [len(b) for b in plot.beats if len(b) < 3]
-        if tellings:
-            found.append(f"{plot.where}: {plot.name}: {len(tellings)} beats have fewer than 3 tellings")
+        variants = [len(b) for b in plot.beats if len(b) < 3]
+        if variants:
+            found.append(f"{plot.where}: {plot.name}: {len(variants)} beats have fewer than 3 variants")
     return found
 
 
@@ -270,14 +272,14 @@ def main() -> None:
     names, animals = read_cast()
     rng = random.Random(args.seed)
     for i in range(args.show):
-        story = tell(rng, plots[i % len(plots)], names, animals)
+        story = make_story(rng, plots[i % len(plots)], names, animals)
         labels = story["instruction"]
         print(f"《{story['source']}》{len(story['story_zh'])}字  {story['summary_zh']}")
         print(f"  词汇：{'，'.join(labels['words'])}  特点：{'，'.join(labels['features'])}")
         print(f"  {story['story_zh']}\n")
     if args.check:
         found = check(plots)
-        print("\n".join(found) or f"{len(plots)} plots, nothing to mend")
+        print("\n".join(found) or f"{len(plots)} plots, no mistakes")
         sys.exit(1 if found else 0)
     if args.out:
         write_corpus(args.out, args.count)

@@ -18,17 +18,17 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from errors import UserError
+from common.settings import UserError
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv")
 DOCUMENT_END = "<|endoftext|>"  # separates stories in .txt files; in a story it is plain text
 BLOCK = 1 << 20  # bytes of input in a block
-HEADERS = b"xgXLK"  # types of archive members that only say something about others
-LONGEST = 1 << 24  # bytes of the longest line or record we are willing to hold
+HEADERS = b"xgXLK"  # types of archive members that describe other members
+LONGEST = 1 << 24  # bytes of the longest line or record that is read into memory
 
 
 def find_inputs(inputs: list[str]) -> list[Path]:
-    """The files that files, folders and globs stand for, in a fixed order."""
+    """The files of files, folders and globs, in a fixed order."""
     files = []
     for name in inputs:
         path = Path(name)
@@ -52,14 +52,14 @@ def is_readable(name: str) -> bool:
     return name.removesuffix(".gz").endswith((*SUFFIXES, ".tar"))
 
 
-# A block is (kind, name, number of its first line, data). Parsing JSON lines is slow and left to whoever
-# calls `items_of`: such blocks are bytes. JSON lists and CSV come parsed, as what `extract` found.
+# A block is (kind, name, number of its first line, data). Parsing JSON lines is slow, so `items_of` does it, in worker
+# processes: such blocks are bytes. The blocks of JSON lists and CSV are lists of what `extract` returned.
 
 
 def read_blocks(files: list[Path], extract, title: str):
-    """Stream the blocks of all files behind one progress bar, of bytes as they lie on the disk.
+    """Stream the blocks of all files with one progress bar, which counts bytes on the disk.
 
-    extract(record, where) lists what is wanted of one record; `where` names it in messages.
+    extract(record, where) returns a list of items of one record; `where` names the record in messages.
     """
     total = sum(f.stat().st_size for f in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
@@ -87,7 +87,7 @@ def read_blocks(files: list[Path], extract, title: str):
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive, for tarfile to make: it reads headers into memory, however long they say they are."""
+    """A member of an archive. tarfile reads headers into memory whatever their size: this class refuses large ones."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -103,7 +103,7 @@ def read_stream(stream, name: str, extract):
         for line, data in split_stream(stream, b"\n", name):
             yield "jsonl", name, line, data
     elif kind == "txt":
-        head = stream.read(BLOCK)  # stories of many lines end in a marker, which the head then shows
+        head = stream.read(BLOCK)  # if stories have several lines, the first MiB has an end marker
         separator = DOCUMENT_END.encode() if DOCUMENT_END.encode() in head else b"\n"
         for line, data in split_stream(stream, separator, name, head):
             yield separator.decode(), name, line, data
@@ -133,7 +133,7 @@ def split_stream(stream, separator: bytes, name: str, head: bytes = b""):
 
 
 def read_json(stream, name: str):
-    """Stream the elements of one JSON list, so that the file may be larger than memory."""
+    """Stream the elements of one JSON list, so that the file can be larger than memory."""
     reader, decode = codecs.getreader("utf-8-sig")(stream), json.JSONDecoder().raw_decode
     text, line, number = reader.read(BLOCK), 1, 0
     if not text.lstrip().startswith("["):
@@ -169,7 +169,7 @@ def read_json(stream, name: str):
 def read_csv(stream, name: str):
     csv.field_size_limit(LONGEST)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    # A line longer than any field may be comes in two halves, which is enough for csv to refuse it.
+    # A line that is too long is cut in two, so that csv refuses it.
     rows = csv.DictReader(iter(lambda: text.readline(LONGEST + 1), ""), strict=True)
     try:
         for row in rows:
@@ -178,22 +178,8 @@ def read_csv(stream, name: str):
         raise UserError(f"{name}:{rows.reader.line_num}: malformed CSV ({e})") from None
 
 
-def story_of(record, where: str, text_key: str) -> str:
-    """The story a record holds. Raises UserError."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object or a string, found {type(record).__name__}")
-    if text_key not in record:
-        keys = ", ".join(sorted(map(str, record))) or "none"
-        raise UserError(f"{where}: no key {text_key!r}; the keys here are {keys}; choose with --text_key")
-    if not isinstance(record[text_key], str):
-        raise UserError(f"{where}: {text_key!r} is a {type(record[text_key]).__name__}, not text")
-    return record[text_key]
-
-
 def items_of(block: tuple, extract) -> list:
-    """What `extract` finds in the records of one block."""
+    """The items that `extract` returns for the records of one block."""
     kind, name, line, data = block
     if kind == "found":
         return data

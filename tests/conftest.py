@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-from errors import run  # noqa: E402 (the path to it is set above)
-from prepare import checksum  # noqa: E402 (the path to it is set above)
+from common.files import json_checksum  # noqa: E402 (the path to it is set above)
+from common.settings import run  # noqa: E402 (the path to it is set above)
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +114,7 @@ def reseal(folder, **changes):
         meta[split]["sha256"] = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
     meta["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
     del meta["checksum"]
-    (folder / "meta.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}))
+    (folder / "meta.json").write_text(json.dumps(meta | {"checksum": json_checksum(meta)}))
 
 
 def metrics_of(folder):

@@ -73,7 +73,7 @@ def test_contenders_take_turns(tmp_path, capsys):
         "large": (too_large,),
         "fast": (waiting, 0.01, log),
     }
-    result = bench.race(contenders, rounds=3)
+    result = bench.benchmark(contenders, rounds=3)
     printed = capsys.readouterr().out
     assert list(result) == ["slow", "fast"] and "nowhere" in printed and "large: out of memory; left out" in printed
     assert result["slow"][0] >= 0.2 and result["fast"][0] >= 0.01 and result["fast"][1] > 1e6

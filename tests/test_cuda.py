@@ -6,7 +6,7 @@ from conftest import TINY, metrics_of, run_script, tiny, tuning
 from test_model import small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from device import compile_model
+from common.device import compile_model
 from model import GPT, IGNORE, ModelConfig
 from sample import generate
 

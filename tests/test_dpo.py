@@ -19,12 +19,11 @@ from test_train import lines_of, same, same_state, torchrun
 
 import dpo
 import sample
-from checkpoint import find_checkpoints, read_checkpoint
-from dpo import Settings, preference_loss
-from instructions import read_constraints
+from common.checkpoint import find_checkpoints, read_checkpoint
+from dpo import PairFile, Settings, pair_of, preference_loss
 from model import IGNORE
-from pairs import PairFile, pair_of
-from rewards import reward, score
+from stories.constraints import read_constraints
+from stories.rewards import reward, score
 
 FIGURES = {"loss", "accuracy", "margin", "chosen_log_p", "rejected_log_p", "kl"}
 
@@ -77,7 +76,7 @@ def loss_by_hand(s, log_p, reference, lengths):
 def test_loss_and_gradients_equal_float64_reference(changes):
     model, s = small(), Settings(**changes)
     data = pairs_for(model)
-    figures = preference_loss(model, data.rows(range(5)), s)
+    figures = preference_loss(model, data.sequences(range(5)), s)
     assert figures.keys() == FIGURES
     figures["loss"].backward()
     gradients = {name: p.grad.double() for name, p in model.named_parameters()}
@@ -112,10 +111,10 @@ def test_loss_equals_trl(loss, beta, tmp_path):
         p.data.mul_(0.9)
     data = pairs_for(model)
     with torch.no_grad():
-        batch = data.rows(range(5))
+        batch = data.sequences(range(5))
         tokens, targets = (batch[name].flatten(0, 1) for name in ("tokens", "targets"))
-        data.reference = -other(tokens, targets, rows=True).view(-1, 2).numpy()
-    ours = preference_loss(model, data.rows(range(5)), Settings(loss=loss, beta=beta))["loss"] / 5
+        data.reference = -other(tokens, targets, reduction="per_sequence").view(-1, 2).numpy()
+    ours = preference_loss(model, data.sequences(range(5)), Settings(loss=loss, beta=beta))["loss"] / 5
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in data.pairs]
     vocabulary = {f"t{i}": i for i in range(97)}
     tokenizers = pytest.importorskip("tokenizers")
@@ -133,7 +132,7 @@ def test_loss_equals_trl(loss, beta, tmp_path):
 def test_rows_by_hand():
     """What stands where: the prompt is not learned from, what fills a row up neither, nor a row that fills a batch."""
     data = PairFile(Path("x"), [([1, 2, 3], [4, 5], [6]), ([7, 8], [9], [4, 4, 4])], 6, 0, seed=1)
-    batch, no = data.rows([0, 1]), IGNORE
+    batch, no = data.sequences([0, 1]), IGNORE
     assert batch["tokens"].tolist() == [
         [[1, 2, 3, 4, 0, 0], [1, 2, 3, 0, 0, 0]],
         [[7, 8, 0, 0, 0, 0], [7, 8, 4, 4, 0, 0]],
@@ -142,9 +141,9 @@ def test_rows_by_hand():
         [[no, no, 4, 5, no, no], [no, no, 6, no, no, no]],
         [[no, 9, no, no, no, no], [no, 4, 4, 4, no, no]],
     ]
-    assert data.count(batch) == 2
+    assert data.count_targets(batch) == 2
     batch["targets"][1:] = IGNORE
-    assert data.count(batch) == 1
+    assert data.count_targets(batch) == 1
     model = small()
     both, one = (preference_loss(model, b, Settings()) for b in (batch, {k: v[:1] for k, v in batch.items()}))
     for name in FIGURES:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sft import examples_in, length_of, strong
 
-import rewards
-from checkpoint import build_model, find_checkpoints, read_checkpoint
+import stories.rewards
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from model import ModelConfig
 from tools import eval as tool
 
@@ -43,7 +43,7 @@ few = st.text("兔熊ab", max_size=14)
 @settings(max_examples=500, deadline=None)
 @given(few, few)
 def test_common_subsequence(a, b):
-    assert rewards.common_subsequence(a, b) == rewards.common_subsequence(b, a) == by_recursion(a, b)
+    assert stories.rewards.common_subsequence(a, b) == stories.rewards.common_subsequence(b, a) == by_recursion(a, b)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_common_subsequence(a, b):
     ],
 )
 def test_repeated_4grams(text, share):
-    assert rewards.repeated_4grams(text) == pytest.approx(share)
+    assert stories.rewards.repeated_4grams(text) == pytest.approx(share)
 
 
 STORY = "小兔捡到一把铲子。“这是谁的？”它问小熊。小熊摇摇头，和它一起去找。"
@@ -69,8 +69,8 @@ STORY = "小兔捡到一把铲子。“这是谁的？”它问小熊。小熊�
 
 def test_score_without_constraints():
     for asked in (None, {}):
-        assert rewards.score(asked, STORY) == {"length": len(STORY), "repeat_4gram": 0.0}
-    assert rewards.score(None, "") == {"length": 0, "repeat_4gram": 0.0}
+        assert stories.rewards.score(asked, STORY) == {"length": len(STORY), "repeat_4gram": 0.0}
+    assert stories.rewards.score(None, "") == {"length": 0, "repeat_4gram": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_score_without_constraints():
     ],
 )
 def test_score_of_words(asked, words, words_all):
-    found = rewards.score({"词汇": asked}, STORY)
+    found = stories.rewards.score({"词汇": asked}, STORY)
     assert found == {"length": len(STORY), "repeat_4gram": 0.0, "words": pytest.approx(words), "words_all": words_all}
 
 
@@ -103,7 +103,7 @@ def test_score_of_words(asked, words, words_all):
     ],
 )
 def test_score_of_a_sentence(asked, exact, near):
-    found = rewards.score({"随机句子": asked}, STORY)
+    found = stories.rewards.score({"随机句子": asked}, STORY)
     assert (found["sentence_exact"], found["sentence_lcs80"]) == (exact, near)
     assert set(found) == {"length", "repeat_4gram", "sentence_exact", "sentence_lcs80"}
 
@@ -121,12 +121,12 @@ def test_score_of_a_sentence(asked, exact, near):
     ],
 )
 def test_score_of_dialogue(asked, story, expected):
-    assert rewards.score({"特点": asked}, story).get("dialogue") == expected
+    assert stories.rewards.score({"特点": asked}, story).get("dialogue") == expected
 
 
 def test_average_is_over_the_stories_a_figure_applies_to():
     scores = [{"length": 10, "words": 1.0}, {"length": 20}, {"length": 60, "words": 0.5}, {"dialogue": 0.0}]
-    assert rewards.average(scores) == {"length": 30, "words": 0.75, "dialogue": 0.0}
+    assert stories.rewards.average(scores) == {"length": 30, "words": 0.75, "dialogue": 0.0}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])

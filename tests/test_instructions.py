@@ -12,8 +12,9 @@ from conftest import assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UserError
-from instructions import examples_of, read_constraints, write_constraints
+from common.settings import UserError
+from stories.constraints import read_constraints, write_constraints
+from stories.records import examples_of
 
 NAMES = ("词汇", "特点", "摘要", "随机句子")
 STORY = "小兔在草地上捡到一把铲子。“这是谁的呀？”它问小熊。小熊摇摇头，和它一起去找失主。天黑以前他们找到了。"
@@ -150,7 +151,7 @@ def test_stories_differ_in_what_is_asked():
 
 def test_the_same_every_time():
     """In other processes, whatever the hashes of strings are there."""
-    code = "import json, sys; from instructions import examples_of; " \
+    code = "import json, sys; from stories.records import examples_of; " \
            "print(json.dumps(examples_of(json.loads(sys.argv[1]), 'here', 'story_zh', 8)))"  # fmt: skip
     for record in (RECORD, without(RECORD, "sentence_zh"), {"input": "\n".join(sorted(LINES)), "output": STORY}):
         expected = [list(pair) for pair in examples(record, 8)]

@@ -103,7 +103,7 @@ def test_all_commands_stand_in_blocks_and_all_code_in_the_scripts(text):
 def demo(tiny_data, tiny_sft, pretrained, tuned, tmp_path_factory):
     """The project after runs/demo.sh, but with a tiny model on few stories."""
     folder = tmp_path_factory.mktemp("journey") / "project"
-    for part in ("config", "stories", "tools"):
+    for part in ("common", "config", "stories", "tools"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, assert_one_line_error, metrics_of, run_script, script_here, tiny
 
 import train
-from checkpoint import find_checkpoints
+from common.checkpoint import find_checkpoints
 
-FAILING = "going on without it"
+FAILING = "continuing without it"
 
 needs_tensorboard = pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed")
 needs_wandb = pytest.mark.skipif(not find_spec("wandb"), reason="wandb is not installed")
@@ -53,10 +53,10 @@ def test_tensorboard_after_a_kill(tiny_data, tmp_path):
     """Killed past its last checkpoint, the run goes on from that one: the steps between are shown once."""
     out = tmp_path / "out"
     options = arguments(tiny_data, out, "tensorboard", max_iters=20, log_interval=1, save_interval=8)
-    code = "import os, signal, train\nopen_logger = train.open_logger\n"
-    code += "def killed(s, step):\n    log = open_logger(s, step)\n"
-    code += "    return lambda line: (log(line), line['step'] < 13 or os.kill(os.getpid(), signal.SIGKILL))\n"
-    code += "train.open_logger = killed\ntrain.run(train.main)"
+    code = "import os, signal, train\nwrite = train.MetricsLog.write\n"
+    code += "def killed(log, line):\n    write(log, line)\n"
+    code += "    line['step'] < 13 or os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += "train.MetricsLog.write = killed\ntrain.run(train.main)"
     done = run_script("-c", code, *options[1:], check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert max(step for _, step, _ in scalars(out)) == 13 and find_checkpoints(out)[0].name == "ckpt_000008.pt"

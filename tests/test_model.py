@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoint import build_model
-from lora import add_lora
+from common.checkpoint import build_model
 from model import GPT, IGNORE, ModelConfig, attend, summed_loss
-from sample import choose, generate, prefill
+from sample import generate, prefill, random_noise, sample_token
+from sft import add_lora
 
 SHAPE = {"vocab_size": 97, "block_size": 40, "n_layer": 3, "n_head": 6, "n_kv_head": 2, "head_dim": 10, "n_embd": 36}
 SHAPE |= {"intermediate_size": 44, "rope_theta": 5000.0}
@@ -197,6 +197,38 @@ def test_greedy_generation_equals_a_loop_without_cache():
             tokens.append(token)
 
 
+def sampled_to_the_end(model, prompts, count, end, temperature, seed):
+    """What `generate` gives, computed for every sequence at every step without a cache."""
+    texts, generator = [list(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
+    ended, steps = [False] * len(texts), []
+    for _ in range(count):
+        logits = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
+        noise = random_noise(len(texts), 50, logits.size(1), generator) if temperature else None
+        tokens = sample_token(logits, None, temperature, 0.95, 1.0, noise).tolist()
+        tokens = [end if done else token for token, done in zip(tokens, ended, strict=True)]
+        steps.append(tokens)
+        ended = [token == end for token in tokens]
+        if all(ended):
+            break
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+    return steps
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_ended_sequences_change_nothing(temperature):
+    """Those that have ended are computed no more; the others, of a seed, stay what they were."""
+    model = small()
+    prompts, widths = [[3, 4, 5], [7], [8, 9, 10, 11, 12], *([i, i + 1] for i in range(20, 40))], []
+    free = torch.stack(list(generate(model, prompts, 25, 0, temperature)))
+    end = free.flatten().bincount().argmax().item()  # a frequent token as the end: some sequences end early
+    model.register_forward_pre_hook(lambda module, args: widths.append(args[0].size(0)))
+    for seed in range(4):
+        widths.clear()
+        made = [step.tolist() for step in generate(model, prompts, 25, end, temperature, top_k=50, seed=seed)]
+        assert min(widths) < len(prompts) == max(widths)
+        assert made == sampled_to_the_end(model, prompts, 25, end, temperature, seed)
+
+
 def test_sampling_follows_the_distribution():
     """Frequencies of many draws against top-k, top-p and temperature worked out in plain Python."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -3.0])
@@ -211,7 +243,8 @@ def test_sampling_follows_the_distribution():
     expected = [w / sum(kept) for w in kept] + [0.0] * (len(logits) - len(kept))
     generator = torch.Generator().manual_seed(0)
     seen = torch.zeros(n, 6, dtype=torch.bool)
-    drawn = choose(logits.expand(n, 6), seen, temperature, top_k, top_p, 1.0, generator)
+    noise = random_noise(n, top_k, 6, generator)
+    drawn = sample_token(logits.expand(n, 6), seen, temperature, top_p, 1.0, noise)
     found = torch.bincount(drawn, minlength=6) / n
     torch.testing.assert_close(found, torch.tensor(expected), atol=0.005, rtol=0)
     assert found[len(kept) :].sum() == 0
@@ -219,8 +252,8 @@ def test_sampling_follows_the_distribution():
 
 def test_repetition_penalty():
     logits, seen = torch.tensor([[2.0, 1.9, -1.0, -1.1]]), torch.tensor([[True, False, True, False]])
-    assert choose(logits, seen, 0, 0, 1.0, 1.3, None).item() == 1  # 2.0 / 1.3 < 1.9
-    assert choose(logits[:, 2:], seen[:, 2:], 0, 0, 1.0, 1.3, None).item() == 1  # -1.0 * 1.3 < -1.1
+    assert sample_token(logits, seen, 0, 1.0, 1.3, None).item() == 1  # 2.0 / 1.3 < 1.9
+    assert sample_token(logits[:, 2:], seen[:, 2:], 0, 1.0, 1.3, None).item() == 1  # -1.0 * 1.3 < -1.1
 
 
 @pytest.fixture
@@ -253,7 +286,8 @@ def test_every_tensor_is_made_on_the_models_device(fake_cuda):
     assert model(tokens).device.type == "cuda"
     assert model(tokens, tokens).device.type == "cuda"  # makes the gradients of the output matrix too
     logits, last, seen, cache = prefill(model, [[1, 2, 3], [4]], 16)
-    token = choose(logits, seen, 0.8, 50, 0.95, 1.1, None)
+    noise = torch.ones(2, 50, device="cuda:0")
+    token = sample_token(logits, seen, 0.8, 0.95, 1.1, noise)
     logits = model(token[:, None], positions=last[:, None] + 1, cache=cache)
     assert token.device.type == logits.device.type == "cuda"
     add_lora(model, 2, 4.0)

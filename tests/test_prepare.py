@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 
 import prepare
 import stories.read
-from errors import UserError
-from stories.read import find_inputs, items_of, read_blocks, story_of
-from tokenizer import load_tokenizer
+from common.settings import UserError
+from common.tokenizer import load_tokenizer
+from stories.read import find_inputs, items_of, read_blocks
+from stories.records import story_of
 
 END = "<|endoftext|>"
 MADE = ["meta.json", "tokenizer.model", "train.bin", "val.bin"]

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample
-from checkpoint import build_model, find_checkpoints, read_checkpoint
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from model import GPT, ModelConfig
-from sample import tell
+from sample import generate_text
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_three_by_default_and_at_most_max_new_tokens(ckpt, loaded):
     model, tokenizer = loaded
     assert len(stories("--ckpt", ckpt, "--max_new_tokens", 5).split("\n---\n")) == 3
     for limit in (1, 5):
-        told = tell(model, tokenizer, [tokenizer.eos_id()], 1, max_new_tokens=limit, temperature=0)
+        told = generate_text(model, tokenizer, [tokenizer.eos_id()], 1, max_new_tokens=limit, temperature=0)
         assert told == [greedy(model, tokenizer, "", limit)]
 
 
@@ -203,7 +203,7 @@ def pieces_of(tokenizer, tokens, prompt="", **options):
     pieces = []
     options = {"max_new_tokens": len(tokens), "temperature": 0} | options
     ids = [tokenizer.eos_id(), *tokenizer.encode(prompt)]
-    told = tell(Script(tokens, tokenizer.vocab_size()), tokenizer, ids, 2, pieces.append, **options)
+    told = generate_text(Script(tokens, tokenizer.vocab_size()), tokenizer, ids, 2, pieces.append, **options)
     return told, pieces
 
 

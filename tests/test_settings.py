@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 import dpo
 import sft
-from config import load_settings, read_config
-from device import choose_device
-from errors import UserError, run
+from common.device import choose_device
+from common.settings import UserError, load_settings, read_config, run
 from train import Settings
 
 FIELDS = dataclasses.fields(Settings)
 KEYS = [field.name for field in FIELDS]
-CONFIGS = sorted(p for p in (ROOT / "config").glob("*.py") if p.name != "__init__.py")
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 
 @pytest.fixture
@@ -352,3 +351,28 @@ def test_help_and_a_mistake_through_the_program(tmp_path):
         assert line.split("=", 1)[1] == str(field.default)
     (tmp_path / "c.py").write_text("import sys\nsys.exit(0)\n")
     assert_one_line_error(run_script("train.py", tmp_path / "c.py", check=False), "c.py:1: ")
+
+
+# ---------------------------------------------------------------------------------------------------
+# A file with a base
+
+
+def test_a_base_is_read_first(tmp_path):
+    (tmp_path / "base.py").write_text("block_size = 64\nbatch_size = 7\n")
+    (tmp_path / "mine.py").write_text("batch_size = 9\nbase = 'base.py'\n")
+    assert read_config(str(tmp_path / "mine.py")) == {"block_size": 64, "batch_size": 9}
+    s = load_settings([str(tmp_path / "mine.py"), "--block_size=32"], Settings, "")
+    assert (s.block_size, s.batch_size) == (32, 9)
+
+
+@pytest.mark.parametrize("base", ["'other.py'", "'../mine.py'", "7", "''"])
+def test_a_base_that_cannot_be_read(base, tmp_path, refused):
+    """Not there, of no name, or with a base itself (only a file beside is meant, so `../mine.py` is this one)."""
+    (tmp_path / "mine.py").write_text(f"base = {base}\n")
+    assert_one_line_error(refused(tmp_path / "mine.py"), tmp_path)
+
+
+def test_bases_do_not_chain(tmp_path, refused):
+    for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"{name}.py").write_text(f"base = '{base}.py'\n")
+    assert_one_line_error(refused(tmp_path / "a.py"), "b.py", "base")

@@ -24,11 +24,10 @@ from test_train import lines_of, same, same_state, stopped_at, torchrun, wait_fo
 import sample
 import sft
 import train
-from checkpoint import build_model, find_checkpoints, read_checkpoint
-from config import load_settings
-from lora import add_lora, matrices_of, merge_lora
+from common.checkpoint import build_model, find_checkpoints, merged_weights, read_checkpoint
+from common.settings import load_settings
 from model import GPT, IGNORE, ModelConfig
-from sft import ExampleFile, Settings, pack
+from sft import ExampleFile, Settings, add_lora, pack
 
 
 def tune_here(*paths, **changes):
@@ -70,9 +69,9 @@ def length_of(example):
 def open_examples(folder, split="train", block_size=256, longest=256):
     meta = meta_of(folder)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    settings_ = Settings(block_size=block_size)
-    seed = settings_.seed if split == "train" else 0
-    return ExampleFile(folder / f"{split}.bin", settings_, meta, tokenizer.piece_to_id("<|assistant|>"), longest, seed)
+    seed = Settings.seed if split == "train" else 0
+    response_token = tokenizer.piece_to_id("<|assistant|>")
+    return ExampleFile(folder / f"{split}.bin", meta, response_token, block_size, longest, seed)
 
 
 def strong(config, seed=5):
@@ -132,7 +131,7 @@ def test_rows_of_the_embedded_corpus_are_full(tmp_path):
     fitting = [n for n in lengths if n <= min(block_size, demo.block_size)]
     assert data.left_out == len(lengths) - len(fitting) < 0.01 * len(lengths)
     assert sum(fitting) / (len(data) * block_size) >= 0.95
-    assert data.fill == pytest.approx(sum(fitting) / (len(data) * block_size))
+    assert data.efficiency == pytest.approx(sum(fitting) / (len(data) * block_size))
 
 
 @pytest.mark.parametrize(("block_size", "longest"), [(256, 256), (400, 256), (600, 220), (230, 256), (512, 512)])
@@ -170,7 +169,7 @@ def test_loss_of_a_row_is_that_of_its_examples_alone(tiny_sft, pretrained):
     slow = strong(config_of(pretrained)).double()
     several = 0
     for n in range(12):
-        batch = data.rows([n])
+        batch = data.sequences([n])
         here = [i for i in dict.fromkeys(batch["documents"][0].tolist()) if i >= 0]
         several += len(here) > 1
         alone, exact = 0.0, 0.0
@@ -310,7 +309,7 @@ def test_two_processes_tune_as_one(pretrained, tiny_sft, tmp_path):
     process = start(pretrained, tiny_sft, tmp_path / "two", launcher=torchrun(), **changes)
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stdout + stderr
-    assert stdout.count("real tokens") == 2  # of train.bin and of val.bin
+    assert stdout.count("packing efficiency") == 2  # of train.bin and of val.bin
     tuned_here(pretrained, tiny_sft, tmp_path / "one", **changes)
     lines = lines_of(tmp_path / "one")
     assert len(lines) == 6
@@ -379,6 +378,10 @@ def lora(request, adapted):
 MATRICES = [f"attention.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
+def adapted_matrices(model):
+    return [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
+
+
 def test_adapters_begin_as_nothing(tuned):
     """All seven matrices of each block get one, and the logits stay the same bits."""
     model = build_model(read_checkpoint(tuned), tuned)
@@ -389,7 +392,7 @@ def test_adapters_begin_as_nothing(tuned):
         assert model(tokens).equal(before)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {f"blocks.{i}.{m}.parametrizations.weight.0.{x}" for i in range(2) for m in MATRICES for x in "AB"}
-    assert learned == expected and len(matrices_of(model)) == 14
+    assert learned == expected and len(adapted_matrices(model)) == 14
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -398,10 +401,10 @@ def test_adapter_by_hand(scale, tuned):
     model, plain = (build_model(read_checkpoint(tuned), tuned) for _ in range(2))
     torch.manual_seed(1)
     add_lora(model, 4, 4 * scale)
-    for module in matrices_of(model):
+    for module in adapted_matrices(model):
         torch.nn.init.normal_(module.parametrizations.weight[0].B, std=0.3)
     plain = plain.double()
-    for module, adapter in zip(matrices_of(plain), matrices_of(model), strict=True):
+    for module, adapter in zip(adapted_matrices(plain), adapted_matrices(model), strict=True):
         added = adapter.parametrizations.weight[0]
         module.weight.data += scale * (added.B.data.double() @ added.A.data.double())
     tokens = torch.randint(model.config.vocab_size, (3, 50), generator=torch.Generator().manual_seed(1))
@@ -409,9 +412,11 @@ def test_adapter_by_hand(scale, tuned):
         expected, before = plain(tokens), build_model(read_checkpoint(tuned), tuned)(tokens)
         assert (expected - before).abs().max() > 0.1
         torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
-        merge_lora(model)
-        torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
-    assert model.state_dict().keys() == read_checkpoint(tuned)["model"].keys()
+        weights = merged_weights({"model": model.state_dict(), "lora": {"rank": 4, "alpha": 4 * scale}})
+        assert weights.keys() == read_checkpoint(tuned)["model"].keys()
+        merged = GPT(model.config)
+        merged.load_state_dict(weights)
+        torch.testing.assert_close(merged(tokens).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_adapters_learn(lora, pretrained):
@@ -725,8 +730,8 @@ FORGED = ["<|user|>", "<|assistant|>", "<s>", "</s>", "<pad>", "好</s><|user|>�
 def test_no_option_forges_a_control_token(text, tuned, monkeypatch):
     """Seen where the model is asked: the tokens of the template, each once, and between them nothing but text,
     in as many lines as there are constraints."""
-    prompts, original = [], sample.tell
-    monkeypatch.setattr(sample, "tell", lambda *args, **kw: prompts.append(args[2]) or original(*args, **kw))
+    prompts, original = [], sample.generate_text
+    monkeypatch.setattr(sample, "generate_text", lambda *args, **kw: prompts.append(args[2]) or original(*args, **kw))
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=read_checkpoint(tuned)["tokenizer"])
     options = [x for key in ASKED for x in (f"--{key}", f"甲{text}乙")]
     stories("--ckpt", tuned, "--num", 1, "--max_new_tokens", 2, *options, "--prompt", f"从{text}前")

@@ -72,7 +72,7 @@ def test_drawn_together_stays_together():
     plot = generate.Plot("试", "test", cast={"A": ["飞鸟", "孩子"]})
     plot.slots = [(["物", "量"], [["伞", "把"], ["马", "匹"]])]
     plot.words = ["伞", "马", "有"]
-    telling = generate.Telling
+    telling = generate.Variant
     plot.beats = [
         [telling([], "{A}有一{量}{物}。", [])],
         [telling(["伞"], "打伞。", []), telling(["!伞"], "骑马。", [])],
@@ -84,6 +84,6 @@ def test_drawn_together_stays_together():
     pronoun = dict.fromkeys(names["男孩"], "他") | dict.fromkeys(names["女孩"], "她")
     rng = generate.random.Random(0)
     for _ in range(200):
-        text = generate.tell(rng, plot, names, animals)["story_zh"]
+        text = generate.make_story(rng, plot, names, animals)["story_zh"]
         match = re.fullmatch(r"(.+)有一(把伞。打伞|匹马。骑马)。(它飞走|他走|她走)。", text)
         assert match and match[3] == ("它飞走" if match[1] in birds else pronoun[match[1]] + "走"), text

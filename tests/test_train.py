@@ -30,12 +30,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from checkpoint import build_model, find_checkpoints, read_checkpoint
-from dataset import TokenFile
-from errors import UserError
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint
+from common.settings import UserError
 from model import GPT, IGNORE, ModelConfig
-from muon import Muon, orthogonalized
-from train import Settings, learning_rate_at
+from train import Muon, Settings, TokenFile, learning_rate_at, orthogonalize
 
 SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
 MEASURED = ("tokens_per_second", "mfu", "peak_memory")  # what differs from run to run
@@ -122,7 +120,7 @@ class Rows:
         targets[rng.random(self.length) < (n % 5) / 5] = IGNORE
         return tokens[:-1], targets
 
-    count = TokenFile.count
+    count_targets = TokenFile.count_targets
 
     def batch(self, first, count):
         tokens, targets = zip(*(self.row(n) for n in range(first, first + count)), strict=True)
@@ -306,7 +304,7 @@ def test_muon_moves_as_the_library_has_it(dtype, close):
 def test_orthogonalized_keeps_the_directions_and_evens_their_lengths():
     x = torch.randn(3, 24, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    found = orthogonalized(x)
+    found = orthogonalize(x)
     inner = u.mT @ found @ v.mT  # (3, 10, 10), diagonal if no direction was turned
     lengths = inner.diagonal(dim1=1, dim2=2)
     assert (inner - torch.diag_embed(lengths)).abs().max() < 1e-9
@@ -441,7 +439,7 @@ def test_what_a_run_prints(whole):
     assert {key: printed[key] for key in expected} == expected
     weights = read_checkpoint(whole.out)["model"]
     assert f"{sum(w.numel() for w in weights.values()):,} parameters; {4 * 32:,} tokens a step" in whole.stdout
-    assert re.search(r"about \d+ minutes", whole.stdout) and re.search(r"about [\d,]+ MiB", whole.stdout)
+    assert re.search(r"about \d+ minutes", whole.stdout) and re.search(r"estimated memory [\d,]+ MiB", whole.stdout)
 
 
 def test_what_a_run_leaves(whole):
@@ -579,7 +577,7 @@ def test_resume_takes_the_checkpoint_before_a_damaged_one(kind, adamw, tmp_path)
     (out / "ckpt_000012.pt").write_bytes(damaged[kind])
     done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
     assert done.returncode == 0, done.stderr
-    assert "ckpt_000012.pt" in done.stderr and "taking the one before" in done.stderr, done.stderr
+    assert "ckpt_000012.pt" in done.stderr and "using the one before" in done.stderr, done.stderr
     assert "step 8" in done.stdout and read_checkpoint(out / "ckpt_000012.pt")["step"] == 12
     assert [x["step"] for x in metrics_of(out) if "loss" in x] == [2, 4, 6, 8, 10, 12]
 
@@ -698,7 +696,7 @@ def test_the_step_is_named_and_the_last_good_checkpoint_kept(bad, at, tiny_data,
     with pytest.raises(UserError) as e:
         train_here(tiny_data, tmp_path / "out", loss_fn=loss, log_interval=3)
     assert len(str(e.value).splitlines()) == 1
-    assert str(e.value).startswith(f"step {at}:") and "step 4" in str(e.value)
+    assert str(e.value).startswith(f"step {at}:") and "ckpt_000004.pt is intact" in str(e.value)
     (path,) = find_checkpoints(tmp_path / "out")
     state = read_checkpoint(path)
     assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
@@ -1068,9 +1066,9 @@ def test_freed_memory_is_kept():
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc's allocator is told to keep memory")
     code = """
-import resource, sys, torch, device
+import resource, sys, torch, common.device
 if sys.argv[1] == "keep":
-    device.keep_memory()
+    common.device.keep_freed_memory()
 for _ in range(20):
     torch.zeros(1 << 24).add_(1)  # 64 MiB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

@@ -43,16 +43,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, same, same_state
 
-import device
+import common.device
 import prepare
 import sample
 import sft
 import tools.eval
 import train
-from checkpoint import build_model, cut_metrics, find_checkpoints, read_checkpoint
-from errors import UserError, run
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint
+from common.metrics import drop_lines_after
+from common.settings import UserError, run
+from common.tokenizer import clean, load_tokenizer
 from stories.generate import write_corpus
-from tokenizer import load_tokenizer
 
 MAINS = {"prepare.py": prepare.main, "train.py": train.main, "sft.py": sft.main, "sample.py": sample.main}
 MAINS["tools/eval.py"] = tools.eval.main
@@ -375,7 +376,7 @@ def part_power(ground, short):
             # The curve up to the newest checkpoint is there too.
             lines = state.get(str(out / "metrics.jsonl"), b"")
             scene.write_bytes(lines)
-            cut_metrics(scene, max(steps, default=0))
+            drop_lines_after(scene, max(steps, default=0))
             found = [json.loads(x)["step"] for x in scene.read_text().splitlines() if "val" not in x]
             expected = [x["step"] for x in metrics if "loss" in x and x["step"] <= max(steps, default=0)]
             assert found == expected, (count, how, found, expected)
@@ -569,7 +570,7 @@ def part_damage(ground, short):
                 break
         newest.write_bytes(changed)
         process = training(ground.data, out, **OFTEN, resume=True).succeeds()
-        assert "ckpt_000060.pt" in process.output[1] and "taking the one before" in process.output[1], process.output
+        assert "ckpt_000060.pt" in process.output[1] and "using the one before" in process.output[1], process.output
         assert "resuming at step 57" in process.output[0]
         same_state(newest, ground.out / "ckpt_000060.pt")
         assert lines_of(out) == lines_of(ground.out)
@@ -868,15 +869,15 @@ def part_text(ground, short):
         model = build_model(checkpoint, folder).eval()
         for text in texts[:10]:
             try:
-                prompt = sample.cleaned(text)
-            except UserError:
+                prompt = clean(text)
+            except UnicodeEncodeError:
                 continue
             ids = tokenizer.encode(prompt)
             assert not any(map(tokenizer.is_control, ids)), prompt
             if "\u2581" not in prompt:
                 assert tokenizer.decode(ids) == prompt, prompt
             if len(ids) < 30:
-                (story,) = sample.tell(model, tokenizer, [end, *ids], 1, max_new_tokens=3)
+                (story,) = sample.generate_text(model, tokenizer, [end, *ids], 1, max_new_tokens=3)
                 assert story.startswith(prompt.rstrip("\ufffd")) or "\u2581" in prompt, (prompt, story)
                 told[2] += 1
 
@@ -968,7 +969,7 @@ COST = """
 import json, sys, time
 import torch
 import train
-from config import load_settings
+from common.settings import load_settings
 from model import GPT, ModelConfig
 
 turns, turn = 15, 20
@@ -1105,7 +1106,7 @@ def noting(folder):
     """A prelude: the loop's loss notes the sequences it is given, a file for each process."""
 
     def prelude():
-        device.PATIENCE = datetime.timedelta(seconds=8)
+        common.device.TIMEOUT = datetime.timedelta(seconds=8)
         original, calls = train.next_token_loss, 0
         notes = open(folder / f"{time.monotonic_ns()}", "w")  # noqa: SIM115 (open as long as it runs)
 

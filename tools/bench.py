@@ -6,7 +6,7 @@
     python -m tools.bench recipe --stories FILE    the recipe on other stories than the embedded ones
 
 The peers are transformers and litgpt, where they are installed, and two classic recipes written out below.
-Each contender is a process of its own; they take turns, so that a slow minute of the machine hits all, and
+Each implementation is a process of its own; they take turns, so that a slow minute of the hardware affects all, and
 the median of each counts.
 """
 
@@ -27,9 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from device import choose_device, compile_model, keep_memory, matmul_rate, peak_memory
-from disk import replacing
-from errors import Parser, UserError, run
+from common.device import choose_device, compile_model, keep_freed_memory, matmul_flops, peak_memory
+from common.files import atomic_write
+from common.settings import Parser, UserError, run
 from model import GPT, ModelConfig
 from sample import generate
 from stories.generate import stories
@@ -41,7 +41,7 @@ NEW_TOKENS = 128
 TOKENS_A_STEP = 16 * 256  # of config/demo.py, by which the recipe is measured
 
 # ---------------------------------------------------------------------------------------------------
-# The contenders: functions that build a model and return (model, loss of it on tokens)
+# The implementations: functions that build a model and return (model, loss of it on tokens)
 
 
 def our_model(vocab_size: int) -> GPT:
@@ -145,7 +145,7 @@ def classic_gpt2(vocab_size: int):
 def training_step(make, vocab_size: int, batch: int):
     """A function that takes one step: forward, backward, AdamW, as a trainer would."""
     if make is ours:
-        keep_memory()  # train.py does so
+        keep_freed_memory()  # train.py does so
     device, dtype = choose_device("auto")
     model, loss_of = make(vocab_size)
     model.to(device)
@@ -164,7 +164,7 @@ def training_step(make, vocab_size: int, batch: int):
     return step
 
 
-def telling(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool = False):
+def generating(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool = False):
     """A function that continues `batch` prompts of 16 tokens by NEW_TOKENS."""
     device, _ = choose_device("auto")
     model, _ = make(SMALL)
@@ -173,15 +173,15 @@ def telling(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool
 
     def by_us():
         steps = generate(model, prompts.tolist(), NEW_TOKENS, 0, temperature, top_k=50, top_p=1.0, compile=fast)
-        told = len(list(steps))
-        assert told == NEW_TOKENS, f"ended after {told}"
+        n_tokens = len(list(steps))
+        assert n_tokens == NEW_TOKENS, f"ended after {n_tokens}"
 
     def by_transformers():
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
-        told = model.generate(
+        tokens = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW_TOKENS, eos_token_id=None, **sampling
         )
-        assert told.size(1) == 16 + NEW_TOKENS
+        assert tokens.size(1) == 16 + NEW_TOKENS
 
     @torch.inference_mode()
     def without_cache():
@@ -194,11 +194,11 @@ def telling(make, batch: int, temperature: float, dtype: torch.dtype, fast: bool
 
 
 # ---------------------------------------------------------------------------------------------------
-# Racing them
+# Benchmarking
 
 
-def contender(pipe, prepare, args) -> None:
-    """A process: builds what `prepare(*args)` gives, runs it once, then whenever told to; sends the seconds."""
+def implementation_process(pipe, prepare, args) -> None:
+    """A process: builds what `prepare(*args)` gives, runs it once, then once for each message; sends the seconds."""
     torch.manual_seed(1)
     try:
         function = prepare(*args)
@@ -215,15 +215,15 @@ def contender(pipe, prepare, args) -> None:
     pipe.send(peak_memory(choose_device("auto")[0]))
 
 
-def race(contenders: dict[str, tuple], rounds: int) -> dict[str, tuple[float, int]]:
-    """Seconds (the median of so many rounds) and peak memory in bytes of each, {name: (prepare, *args)}."""
+def benchmark(implementations: dict[str, tuple], rounds: int) -> dict[str, tuple[float, int]]:
+    """Seconds (the median over the rounds) and peak memory in bytes of each, {name: (prepare, *args)}."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     seconds: dict[str, list[float]] = {}
-    bar = tqdm(contenders.items(), desc="preparing", unit="contender", leave=False, disable=None)
+    bar = tqdm(implementations.items(), desc="preparing", unit="implementation", leave=False, disable=None)
     for name, (prepare, *args) in bar:
         bar.set_postfix_str(name)
         pipe, end = context.Pipe()
-        processes.append(context.Process(target=contender, args=(end, prepare, args), daemon=True))
+        processes.append(context.Process(target=implementation_process, args=(end, prepare, args), daemon=True))
         processes[-1].start()
         end.close()
         if reason := pipe.recv():
@@ -232,7 +232,7 @@ def race(contenders: dict[str, tuple], rounds: int) -> dict[str, tuple[float, in
             tqdm.write(f"{name}: {reason}; left out")
         else:
             pipes[name], seconds[name] = pipe, []
-    for _ in tqdm(range(rounds), desc="racing", unit="round", leave=False, disable=None):
+    for _ in tqdm(range(rounds), desc="benchmarking", unit="round", leave=False, disable=None):
         for name, pipe in pipes.items():
             pipe.send(True)
             seconds[name].append(pipe.recv())
@@ -255,7 +255,7 @@ def row(name, value, unit, peer="", ratio=None, bar=None, holds=None) -> dict:
 
 
 def against_peers(name: str, unit: str, rates: dict[str, float], bar: float) -> list[dict]:
-    """A row for each contender; "this" is compared with the fastest of the others."""
+    """A row for each implementation; "this" is compared with the fastest of the others."""
     peers = {peer: rate for peer, rate in rates.items() if peer != "this"}
     rows = [row(f"{name}, {peer}", rate, unit) for peer, rate in peers.items()]
     best = max(peers, key=lambda peer: peers[peer])
@@ -271,13 +271,15 @@ def bench_train(args, folder: Path) -> list[dict]:
     rows, batch = [], 8
     makers = {"transformers": llama_of_transformers, "litgpt": llama_of_litgpt, "classic GPT-2": classic_gpt2}
     for vocab_size, bar in ((SMALL, 1.25), (LARGE, 1.5)):
-        contenders = {name: (training_step, make, vocab_size, batch) for name, make in {"this": ours, **makers}.items()}
-        times = race(contenders, args.rounds)
+        implementations = {
+            name: (training_step, make, vocab_size, batch) for name, make in {"this": ours, **makers}.items()
+        }
+        times = benchmark(implementations, args.rounds)
         rates = {name: batch * LENGTH / seconds for name, (seconds, _) in times.items()}
         rows += against_peers(f"training, vocabulary {vocab_size:,}", "tokens a second", rates, bar)
         if vocab_size == SMALL:
             device, dtype = choose_device("auto")
-            peak = max(matmul_rate(device, dtype) for _ in range(5))
+            peak = max(matmul_flops(device, dtype) for _ in range(5))
             used = rates["this"] * our_model(vocab_size).flops_per_token(LENGTH) / peak
             rows += [
                 row("matrix products", peak / 1e12, "TFLOP/s"),
@@ -310,7 +312,7 @@ def bench_memory(args, folder: Path) -> list[dict]:
     peaks: dict[str, float] = {}
     peer = "full float32 logits"
     for name, make in (("this", ours), (peer, full_logits)):
-        peaks |= {n: peak / 2**30 for n, (_, peak) in race({name: (training_step, make, LARGE, 32)}, 1).items()}
+        peaks |= {n: peak / 2**30 for n, (_, peak) in benchmark({name: (training_step, make, LARGE, 32)}, 1).items()}
     title = f"peak memory, vocabulary {LARGE:,}, batch 32 x {LENGTH}"
     if peer not in peaks:
         return [row(title, peaks["this"], "GiB")]
@@ -330,18 +332,18 @@ def bench_decode(args, folder: Path) -> list[dict]:
     del numbers
     size = our_model(SMALL).count_parameters() * 4
     for batch, temperature in ((1, 0.0), (1, 0.8), (16, 0.8), (64, 0.8)):
-        told = (batch, temperature)
-        contenders = {
-            "this": (telling, ours, *told, torch.float32),
-            "this, --compile": (telling, ours, *told, torch.float32, True),
-            "transformers": (telling, llama_of_transformers, *told, torch.float32),
+        setting = (batch, temperature)
+        implementations = {
+            "this": (generating, ours, *setting, torch.float32),
+            "this, --compile": (generating, ours, *setting, torch.float32, True),
+            "transformers": (generating, llama_of_transformers, *setting, torch.float32),
         }
         if temperature == 0:
-            contenders["classic GPT-2 without a cache"] = (telling, classic_gpt2, *told, torch.float32)
+            implementations["classic GPT-2 without a cache"] = (generating, classic_gpt2, *setting, torch.float32)
         else:
-            contenders["this, --compile --dtype bfloat16"] = (telling, ours, *told, torch.bfloat16, True)
-            contenders["transformers, bfloat16"] = (telling, llama_of_transformers, *told, torch.bfloat16)
-        times = race(contenders, args.rounds)
+            implementations["this, --compile --dtype bfloat16"] = (generating, ours, *setting, torch.bfloat16, True)
+            implementations["transformers, bfloat16"] = (generating, llama_of_transformers, *setting, torch.bfloat16)
+        times = benchmark(implementations, args.rounds)
         rates = {name: batch * NEW_TOKENS / seconds for name, (seconds, _) in times.items()}
         title = f"generation, batch {batch}, {'sampled' if temperature else 'greedy'}"
         for name, rate in rates.items():
@@ -365,9 +367,9 @@ def write_stories(path: Path, size: int) -> int:
         while f.tell() < size:
             for text in texts:
                 half = text.index("。") + 1
-                told = f"{text[:half]}那是第{number}天。{text[half:]}"
-                characters += len(told)
-                f.write(json.dumps({"story_zh": told}, ensure_ascii=False) + "\n")
+                changed = f"{text[:half]}那是第{number}天。{text[half:]}"
+                characters += len(changed)
+                f.write(json.dumps({"story_zh": changed}, ensure_ascii=False) + "\n")
                 number += 1
     return characters
 
@@ -442,7 +444,7 @@ def bench_recipe(args, folder: Path) -> list[dict]:
 
     @functools.cache
     def ends_on(share: float, *options: str) -> float:
-        """The validation loss of a run of so many of the steps."""
+        """The validation loss of a run with this share of the steps."""
         out_dir = folder / f"recipe_{share}_{len(list(folder.iterdir()))}"
         steps = round(args.steps * share)
         command = [sys.executable, "train.py", "config/demo.py", f"--data_dir={data}", f"--out_dir={out_dir}"]
@@ -484,7 +486,7 @@ PARTS = {
 def main() -> None:
     parser = Parser(description="Measure this program beside its peers.", allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each contender")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each implementation")
     parser.add_argument("--steps", type=int, default=200, help="steps of the runs that the recipe is compared with")
     parser.add_argument("--stories", type=Path, nargs="+", help="story files for the recipe in place of the corpus")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 400], help="sizes of prepare's input")
@@ -499,7 +501,7 @@ def main() -> None:
         for name in args.parts or PARTS:
             rows += PARTS[name](args, Path(folder))
             if args.json:
-                with replacing(args.json) as f:
+                with atomic_write(args.json) as f:
                     f.write(json.dumps(rows, indent=2, ensure_ascii=False).encode() + b"\n")
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import build_model, read_checkpoint, save_checkpoint
-from disk import replacing, sync_folder
-from errors import Parser, UserError, run
-from instructions import markers
+from common.checkpoint import build_model, read_checkpoint, save_checkpoint
+from common.files import atomic_write, sync_folder
+from common.settings import Parser, UserError, run
+from common.tokenizer import load_tokenizer, template_tokens
 from model import GPT, ModelConfig
-from tokenizer import load_tokenizer
 from tools.plot import read_metrics
 
 # Ours to theirs, replaced one after the other.
@@ -53,7 +52,7 @@ FIXED = {
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
 }
-KEPT = {"settings": dict, "step": int, "template": str}  # of a checkpoint, in config.json, for the way back
+METADATA = {"settings": dict, "step": int, "template": str}  # of a checkpoint, in config.json, for the way back
 
 
 def their_name(name: str) -> str:
@@ -122,7 +121,7 @@ def tokenizer_json(tokenizer, path: Path) -> dict:
         tokenizer.encode("从", out_type=str)
     )
     if not ours or any(map(tokenizer.is_unused, ids)):
-        raise UserError(f"{path}: cannot be exported: its tokenizer is no byte-fallback BPE that keeps every character")
+        raise UserError(f"{path}: cannot be exported: its tokenizer is not a byte-fallback BPE that is lossless")
     merges = [merge for piece in ranked if len(piece) > 1 and (merge := last_merge(piece, scores))]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spaces = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in ((" ", "▁"), ("▁", " "))]
@@ -149,7 +148,7 @@ def tokenizer_json(tokenizer, path: Path) -> dict:
 def chat_template(template: str, tokenizer) -> str:
     """Jinja for what a checkpoint's template says: a text begins where another has ended."""
     end = tokenizer.id_to_piece(tokenizer.eos_id())
-    before, after = ("".join(map(tokenizer.id_to_piece, ids)) for ids in markers(template, tokenizer))
+    before, after = ("".join(map(tokenizer.id_to_piece, ids)) for ids in template_tokens(template, tokenizer))
     return (
         f"{end}{{%- for message in messages -%}}{{%- if message['role'] == 'user' -%}}{before}"
         f"{{{{- message['content'] | trim -}}}}{{%- elif message['role'] == 'assistant' -%}}{after}"
@@ -160,7 +159,7 @@ def chat_template(template: str, tokenizer) -> str:
 
 
 def model_card(path: Path, checkpoint: dict, parameters: int) -> str:
-    """What is known of a checkpoint: its size, its settings, and the last figures of its run."""
+    """Facts about a checkpoint: its size, its settings, and the last metrics of its run."""
     metrics = (path if path.is_dir() else path.parent) / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.exists() else []
     last = {k: v for line in lines if line["step"] <= checkpoint["step"] for k, v in line.items()}
@@ -171,7 +170,7 @@ def model_card(path: Path, checkpoint: dict, parameters: int) -> str:
     settings = "\n".join(f"    {name} = {value!r}" for name, value in checkpoint["settings"].items())
     usage = "" if checkpoint.get("template") else "A story begins where another has ended: put the end token first.\n\n"
     return (
-        "---\nlanguage: zh\npipeline_tag: text-generation\nlibrary_name: transformers\n---\n\n# A teller of Chinese "
+        "---\nlanguage: zh\npipeline_tag: text-generation\nlibrary_name: transformers\n---\n\n# A model of Chinese "
         f"micro-stories\n\n{usage}| | |\n| --- | --- |\n{table}\n\nThe settings it was trained with:\n\n{settings}\n"
     )
 
@@ -197,7 +196,7 @@ def export(path: Path, out_dir: Path) -> None:
         "tie_word_embeddings": True,
         "dtype": "float32",
         **ids,
-        "microstories": {name: checkpoint[name] for name in KEPT if name in checkpoint},
+        "microstories": {name: checkpoint[name] for name in METADATA if name in checkpoint},
     }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size}
     settings |= {"clean_up_tokenization_spaces": False, "add_prefix_space": False}
@@ -219,7 +218,7 @@ def export(path: Path, out_dir: Path) -> None:
         for name, content in files.items():
             if isinstance(content, dict):  # pieces can be read; a path among the settings need not be UTF-8
                 content = json.dumps(content, indent=2, ensure_ascii=name != "tokenizer.json").encode() + b"\n"
-            with replacing(folder / name) as f:
+            with atomic_write(folder / name) as f:
                 f.write(content)
 
 
@@ -228,7 +227,7 @@ def export(path: Path, out_dir: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[dict, dict, bool]:
-    """Of a config.json: the model's shape, what it keeps of a checkpoint, whether its output matrix is its embedding.
+    """Of a config.json: the model's shape, the metadata of its checkpoint, whether its output matrix is its embedding.
     Raises UserError."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -255,15 +254,17 @@ def read_config(path: Path) -> tuple[dict, dict, bool]:
                 raise ValueError(f"{SHAPE[name]} = {value!r} is no whole number")
         shape["qk_norm"] = config["model_type"] == "qwen3"
         ModelConfig(**shape)
-        kept = {"settings": {}, "step": 0} | {k: v for k, v in config.get("microstories", {}).items() if k in KEPT}
-        if any(type(kept[name]) is not KEPT[name] for name in kept) or not 0 <= kept["step"] < 10**9:
+        metadata = {"settings": {}, "step": 0} | {
+            k: v for k, v in config.get("microstories", {}).items() if k in METADATA
+        }
+        if any(type(metadata[name]) is not METADATA[name] for name in metadata) or not 0 <= metadata["step"] < 10**9:
             raise ValueError("microstories: its settings, step and template are none")
-        if any(type(value) not in (bool, int, float, str) for value in kept["settings"].values()):
+        if any(type(value) not in (bool, int, float, str) for value in metadata["settings"].values()):
             raise ValueError("microstories: its settings are no text and numbers")
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         reason = f"{e} is missing" if isinstance(e, KeyError) else str(e).splitlines()[0]
         raise UserError(f"{path}: not a model that can be read ({reason})") from None
-    return shape, kept, config.get("tie_word_embeddings") is True
+    return shape, metadata, config.get("tie_word_embeddings") is True
 
 
 def bring_back(folder: Path, out_dir: Path) -> None:
@@ -271,7 +272,7 @@ def bring_back(folder: Path, out_dir: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    shape, kept, tied = read_config(folder / "config.json")
+    shape, metadata, tied = read_config(folder / "config.json")
     file, tokenizer_file = folder / "model.safetensors", folder / "tokenizer.model"
     if (folder / "model.safetensors.index.json").exists():
         raise UserError(f"{folder}: weights in several files; save them as one (max_shard_size in transformers)")
@@ -283,8 +284,8 @@ def bring_back(folder: Path, out_dir: Path) -> None:
         raise UserError(f"{folder}: {tokenizer.vocab_size():,} pieces in the tokenizer, {shape['vocab_size']:,} in the "
                         "model; this program needs as many")  # fmt: skip
     try:
-        if "template" in kept:
-            markers(kept["template"], tokenizer)
+        if "template" in metadata:
+            template_tokens(metadata["template"], tokenizer)
         weights = load_file(file)
     except (UserError, SafetensorError, ValueError, RuntimeError) as e:
         raise UserError(f"{folder}: cannot be read ({str(e).splitlines()[0]})") from None
@@ -301,8 +302,8 @@ def bring_back(folder: Path, out_dir: Path) -> None:
     state: dict = {"model": {our_name(name): weight.float() for name, weight in weights.items()}, "model_config": shape}
     model = build_model(state, file)  # do weights and shape fit?
     with new_folder(out_dir) as new:
-        state |= {**kept, "model": model.state_dict(), "tokenizer": proto}
-        save_checkpoint(new / f"ckpt_{kept['step']:06d}.pt", state)
+        state |= {**metadata, "model": model.state_dict(), "tokenizer": proto}
+        save_checkpoint(new / f"ckpt_{metadata['step']:06d}.pt", state)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import json
 import math
 from pathlib import Path
 
-from disk import replacing
-from errors import Parser, UserError, run
+from common.files import atomic_write
+from common.settings import Parser, UserError, run
 
 # What there is to see, where a run has it; the validation's figure of the same name (val_loss) goes with it.
 PANELS = {
@@ -22,7 +22,7 @@ PANELS = {
     "accuracy": "accuracy on pairs",  # of dpo.py
     "margin": "reward margin",
 }
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # safe for colour-blind readers
 DASHES = ("-", "--", "-.", ":")  # and on a printer without colours
 CJK = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "PingFang SC", "Microsoft YaHei", "SimHei"}
 
@@ -121,7 +121,7 @@ def main() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("matplotlib is missing: pip install matplotlib") from None
-    with replacing(out) as f:
+    with atomic_write(out) as f:
         draw(runs, args.x, args.smooth, f, out.suffix[1:])
     print(f"wrote {out}")
 

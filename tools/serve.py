@@ -1,19 +1,19 @@
-"""A web page to play with: it tells the stories of a checkpoint to whoever opens it.
+"""A web page that generates stories with a checkpoint.
 
     python -m tools.serve --ckpt out/demo_sft
     python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080       # for others in your network, too
 
-The page (serve.html) loads nothing from elsewhere. It asks by POST /tell, which may be done by hand:
+The page (serve.html) loads nothing from elsewhere. It sends POST /tell, which also works by hand:
 
     curl -N http://127.0.0.1:8000/tell -H "Content-Type: application/json" -d '{"words": "铲子，草地", "seed": 7}'
 
-The answer is a JSON object a line, sent as the story is made: {"seed": 7}, {"ahead": how many wait before this one},
-{"text": a piece}, and {"end": "end", or "full" where the model can read no further}. A refusal is one object, a
+The answer is JSON lines, sent as the story is generated: {"seed": 7}, {"ahead": how many requests wait before this
+one}, {"text": a piece}, and {"end": "end", or "full" at the model's longest sequence}. A refusal is one object, with a
 sentence in Chinese ("zh") and in English ("en").
 
-One thread has the model and tells all stories as one batch, which they join and leave at any token. Each has chances
-of its own: a seed tells the story that `sample.py --num 1` tells with it, whoever else is there (but for rounding,
-which is not the same in batches of different sizes).
+One thread runs the model. It generates all stories as one batch, which a story joins and leaves at any token. Each
+story has its own generator: a seed gives the same story as `sample.py --num 1`, whatever else is in the batch (except
+for rounding, which differs between batch sizes).
 """
 
 import base64
@@ -39,12 +39,12 @@ from typing import Any
 
 import torch
 
-from checkpoint import build_model, read_checkpoint
-from device import choose_device
-from errors import Parser, UserError, run
-from instructions import NAMES, markers, write_constraints
-from sample import SLOTS, choose, cleaned, prefill
-from tokenizer import load_tokenizer
+from common.checkpoint import build_model, read_checkpoint
+from common.device import choose_device
+from common.settings import Parser, UserError, run
+from common.tokenizer import load_tokenizer, template_tokens
+from sample import CACHE_STEP, encode_prompt, prefill, random_noise, sample_token, story_start
+from stories.constraints import NAMES, write_constraints
 
 PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
 TEXTS = (*NAMES.values(), "prompt")
@@ -66,23 +66,23 @@ class Refusal(Exception):
 
 @dataclass(eq=False)
 class Story:
-    """A story asked for. `told` is given its tokens as they are made, each with whether it is the last."""
+    """A requested story. `tokens` receives its tokens as they are generated, each with whether it is the last."""
 
     prompt: list[int]
     beginning: list[int]  # the end of the prompt that is part of the story
     temperature: float
     top_p: float
     seed: int
-    stopped: bool = False  # nobody listens any more
-    told: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    stopped: bool = False  # its visitor has gone
+    tokens: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
 
-class Teller:
-    """The model, and the stories that wait for it. `work` runs in one thread; the rest may be called from any."""
+class Sampler:
+    """The model and the queue of stories. `work` runs in one thread; the other methods may be called from any."""
 
     def __init__(self, model, tokenizer, template: str | None, batch: int):
         self.model, self.tokenizer, self.template, self.batch = model, tokenizer, template, batch
-        self.room = min(model.config.block_size, LONGEST)
+        self.length = min(model.config.block_size, LONGEST)
         self.waiting, self.closed = list[Story](), False
         self.changed = threading.Condition()  # guards these two
 
@@ -111,51 +111,55 @@ class Teller:
 
     @torch.inference_mode()
     def work(self) -> None:
-        """Tell stories until closed, a token of each at a time. Between two tokens stories come and go."""
+        """Generate until closed, one token of each story at a time. Between two tokens stories join and leave."""
         end, weight = self.tokenizer.eos_id(), self.model.embedding.weight
-        telling, chances = list[Story](), []  # B stories, and the generator of each
-        last = torch.empty(0, dtype=torch.long, device=weight.device)  # (B,), where the last token of each stands
+        active, generators = list[Story](), []  # B stories and their generators
+        last = torch.empty(0, dtype=torch.long, device=weight.device)  # (B,), the position of each story's last token
         logits = weight.new_empty(0, weight.size(0))  # (B, V)
-        cache = self.model.new_cache(0, self.room, weight.dtype)
+        cache = self.model.new_cache(0, self.length, weight.dtype)
         while True:
             with self.changed:
-                while not (telling or self.waiting or self.closed):
+                while not (active or self.waiting or self.closed):
                     self.changed.wait()
                 if self.closed:
                     return
-                free = self.batch - len(telling)
+                free = self.batch - len(active)
                 new, self.waiting = self.waiting[:free], self.waiting[free:]
             if new:
-                more_logits, more_last, _, more_cache = prefill(self.model, [story.prompt for story in new], self.room)
+                more_logits, more_last, _, more_cache = prefill(
+                    self.model, [story.prompt for story in new], self.length
+                )
                 logits, last = torch.cat((logits, more_logits)), torch.cat((last, more_last))  # (B, V), (B,)
                 for layer, more in zip(cache, more_cache, strict=True):
                     layer[:] = map(torch.cat, zip(layer, more, strict=True))  # (B, K, S, D) each
-                telling += new
-                chances += [torch.Generator(weight.device).manual_seed(story.seed) for story in new]
-            drawn = [  # row by row, for each has settings and chances of its own
-                choose(row[None], None, story.temperature, TOP_K, story.top_p, 1.0, generator)  # (1,)
-                for row, story, generator in zip(logits, telling, chances, strict=True)
+                active += new
+                generators += [torch.Generator(weight.device).manual_seed(story.seed) for story in new]
+            drawn = [  # one by one: each story has its own settings and generator
+                sample_token(  # (1,)
+                    row[None], None, story.temperature, story.top_p, 1.0, random_noise(1, TOP_K, len(row), generator)
+                )
+                for row, story, generator in zip(logits, active, generators, strict=True)
             ]
             token, last, stay = torch.cat(drawn), last + 1, []  # (B,), (B,)
-            for i, (story, t, place) in enumerate(zip(telling, token.tolist(), last.tolist(), strict=True)):
-                done = t == end or place == self.room - 1
-                story.told.put((t, done))
+            for i, (story, t, place) in enumerate(zip(active, token.tolist(), last.tolist(), strict=True)):
+                done = t == end or place == self.length - 1
+                story.tokens.put((t, done))
                 if not done and not story.stopped:
                     stay.append(i)
-            if len(stay) < len(telling):
-                telling, chances = [telling[i] for i in stay], [chances[i] for i in stay]
+            if len(stay) < len(active):
+                active, generators = [active[i] for i in stay], [generators[i] for i in stay]
                 token, last, logits = token[stay], last[stay], logits[stay]  # (B,), (B,), (B, V)
                 for layer in cache:
                     layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
-            if telling:
-                # Without the slots that no story has reached: empty ones take as long as filled ones. In steps, as in
-                # sample.py: with other numbers of slots sums round otherwise, and a seed might tell another story.
-                slots = math.ceil((int(last.max()) + 1) / SLOTS) * SLOTS
-                filled = [[kv[:, :, :slots] for kv in layer] for layer in cache]  # (B, K, slots, D) each
+            if active:
+                # Attention pays for empty positions too, so leave them out; in the steps of sample.py, because with
+                # another size sums round differently, and a seed could give another story.
+                size = math.ceil((int(last.max()) + 1) / CACHE_STEP) * CACHE_STEP
+                filled = [[kv[:, :, :size] for kv in layer] for layer in cache]  # (B, K, S, D) each
                 logits = self.model(token[:, None], positions=last[:, None], cache=filled)[:, 0]  # (B, V)
 
 
-def read_story(body: bytes, teller: Teller) -> Story:
+def read_story(body: bytes, sampler: Sampler) -> Story:
     """The story that a request asks for. Raises Refusal naming the key."""
     try:
         asked = json.loads(body.decode())
@@ -175,50 +179,47 @@ def read_story(body: bytes, teller: Teller) -> Story:
         kinds = (int,) if key == "seed" else (int, float)
         if key in NUMBERS and not (type(value) in kinds and least <= value <= most):
             raise Refusal(400, f"{key} 须在 {least} 与 {most} 之间。", f"{key} must lie between {least} and {most}.")
-    prompt = [teller.tokenizer.eos_id()]  # a story begins where another has ended
+    instruction = write_constraints({name: asked[key] for name, key in NAMES.items()})
+    if instruction.strip() and not sampler.template:
+        raise Refusal(400, "这个模型只会续写：请给 prompt。", "This model only continues text: give a prompt.")
     try:
-        beginning = teller.tokenizer.encode(cleaned(asked["prompt"]))
-        if instruction := cleaned(write_constraints({name: asked[key] for name, key in NAMES.items()})):
-            if not teller.template:
-                raise Refusal(400, "这个模型只会续写：请给 prompt。", "This model only goes on writing: give a prompt.")
-            before, answer = markers(teller.template, teller.tokenizer)
-            prompt += before + teller.tokenizer.encode(instruction) + answer
+        prompt = encode_prompt(sampler.tokenizer, sampler.template or "", instruction, asked["prompt"])
     except UserError:
         raise Refusal(400, "文字里有半个字符。", "The text holds half a character.") from None
-    prompt += beginning
-    if (n := len(prompt)) >= teller.room:
-        most = teller.room - 1
+    if (n := len(prompt)) >= sampler.length:
+        most = sampler.length - 1
         raise Refusal(400, f"太长了：{n} 个词元，最多 {most} 个。", f"Too long: {n} tokens, at most {most} fit.")
+    beginning = prompt[story_start(sampler.tokenizer, prompt) :]
     return Story(prompt, beginning, asked["temperature"], asked["top_p"], asked["seed"])
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection, and bounds on their number and on what an address may ask."""
+    """A thread for each connection; the number of connections and the requests of an address are limited."""
 
     request_queue_size = CONNECTIONS
 
-    def __init__(self, host: str, port: int, teller: Teller, per_minute: int):
-        self.teller, self.per_minute, self.lock = teller, per_minute, threading.Lock()
+    def __init__(self, host: str, port: int, sampler: Sampler, per_minute: int):
+        self.sampler, self.per_minute, self.lock = sampler, per_minute, threading.Lock()
         self.recent = collections.deque[tuple[float, str]](maxlen=10_000)  # times and addresses, of the last minute
         self.deadlines: dict[socket.socket, float] = {}  # of every connection: when its request must have arrived
         self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         super().__init__((str(address[0]), port), Visit)
-        # A page elsewhere could have its own name lead here (DNS rebinding): at home only these are answered.
+        # Another site could point its name to this address (DNS rebinding): on loopback only these names are answered.
         loopback = ipaddress.ip_address(str(address[0])).is_loopback
         self.names = {"localhost", "127.0.0.1", "[::1]", host} if loopback else None
         page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
-        page = page.replace("{{tuned}}", "yes" if teller.template else "no")
-        page = page.replace("{{parameters}}", str(teller.model.count_parameters()))
+        page = page.replace("{{tuned}}", "yes" if sampler.template else "no")
+        page = page.replace("{{parameters}}", str(sampler.model.count_parameters()))
         self.policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         self.policy += "frame-ancestors 'none'"
-        for tag in ("style", "script"):  # what stands in the page may run, and nothing else
+        for tag in ("style", "script"):  # only what is in the page may run
             inside = page.partition(f"<{tag}>")[2].rpartition(f"</{tag}>")[0]
             digest = hashlib.sha256(inside.encode()).digest()
             self.policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
         self.page = page.encode()
 
     def count(self, address: str) -> None:
-        """Take note of a request. Raises Refusal when the address has had its share of this minute."""
+        """Record a request. Raises Refusal if the address has reached its limit for this minute."""
         with self.lock:
             now = time.monotonic()
             times = [then for then, who in self.recent if who == address and then > now - 60]
@@ -274,9 +275,9 @@ class Visit(BaseHTTPRequestHandler):
             return
         if story:
             try:
-                self.tell(story)
+                self.send_story(story)
             finally:
-                self.server.teller.drop(story)
+                self.server.sampler.drop(story)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
@@ -315,27 +316,27 @@ class Visit(BaseHTTPRequestHandler):
         if len(body) < int(length):
             raise Refusal(408, "请求没有发完。", "The request did not arrive whole.")
         self.server.deadlines[self.connection] = math.inf
-        story = read_story(body, self.server.teller)
-        self.server.teller.add(story)
+        story = read_story(body, self.server.sampler)
+        self.server.sampler.add(story)
         return story
 
-    def tell(self, story: Story) -> None:
-        """Send the story as it is made. That a visitor has gone shows when sending fails."""
-        teller, tokens, written, done = self.server.teller, list(story.beginning), 0, False
+    def send_story(self, story: Story) -> None:
+        """Send the story as it is generated. Sending fails when the visitor has gone."""
+        sampler, tokens, written, done = self.server.sampler, list(story.beginning), 0, False
         self.send(200, "application/x-ndjson")
         self.line(seed=story.seed)
-        self.line(ahead=teller.ahead(story))
+        self.line(ahead=sampler.ahead(story))
         while not done:
             try:
-                token, done = story.told.get(timeout=1)
+                token, done = story.tokens.get(timeout=1)
             except queue.Empty:
-                self.line(ahead=teller.ahead(story))
+                self.line(ahead=sampler.ahead(story))
                 continue
-            ended = token == teller.tokenizer.eos_id()
+            ended = token == sampler.tokenizer.eos_id()
             tokens += [] if ended else [token]
-            text = teller.tokenizer.decode(tokens)
-            text = text.rstrip("\ufffd") if done else text  # the end may be half a character
-            if text[written:] and not text.endswith("\ufffd"):  # the last token may be only a part of a character
+            text = sampler.tokenizer.decode(tokens)
+            text = text.rstrip("\ufffd") if done else text  # an incomplete character
+            if text[written:] and not text.endswith("\ufffd"):
                 self.line(text=text[written:])
                 written = len(text)
         self.line(end="end" if ended else "full")
@@ -345,11 +346,11 @@ class Visit(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = Parser(description="Tell stories on a web page.", allow_abbrev=False)
+    parser = Parser(description="Generate stories on a web page.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: for others, too")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--batch", type=int, default=8, help="stories told at once; further ones wait")
+    parser.add_argument("--batch", type=int, default=8, help="stories in a batch; further ones wait")
     parser.add_argument("--per_minute", type=int, default=30, help="stories an address may ask for in a minute")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: less exact")
@@ -364,25 +365,25 @@ def main() -> None:
     if tokenizer.vocab_size() != model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has not as many pieces as the model")
     if template := checkpoint.get("template"):
-        markers(template, tokenizer)  # raises UserError
-    teller = Teller(model, tokenizer, template, args.batch)
+        template_tokens(template, tokenizer)  # raises UserError
+    sampler = Sampler(model, tokenizer, template, args.batch)
     try:
-        server = Server(args.host, args.port, teller, args.per_minute)
+        server = Server(args.host, args.port, sampler, args.per_minute)
     except OSError as e:
         raise UserError(f"--host {args.host} --port {args.port}: {e.strerror}; choose another") from None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with server, ThreadPoolExecutor(1) as pool:
-        worker = pool.submit(teller.work)
+        worker = pool.submit(sampler.work)
         worker.add_done_callback(lambda done: server.shutdown() if done.exception() else None)
         try:
             name = f"[{args.host}]" if ":" in args.host else args.host
-            print(f"telling stories at http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+            print(f"serving stories at http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             pass
         finally:
-            teller.close()
+            sampler.close()
     worker.result()  # raises what ended it, if anything did
 
 

@@ -1,22 +1,23 @@
-"""The disk: one writer to a folder, and files that are either whole or not there."""
+"""Files: one writer to a folder, and files that are either complete or not there."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
+import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
 
-from errors import UserError
-
 
 @contextlib.contextmanager
 def locked(path: Path, what: Path):
-    """Hold the lock file `path`, which guards `what`, while the body runs. Raises UserError naming who holds it.
+    """Hold the lock file `path`, which protects `what`, while the body runs.
 
-    The lock is the kernel's (flock) and ends with the process, however that ends: a file left by one that was
-    killed is taken over.
+    Raises BlockingIOError, with `what` and the process that holds the lock. The lock is the kernel's (flock) and
+    ends with its process, however that ends: a lock file left by a killed process is taken over.
     """
     new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,15 +27,16 @@ def locked(path: Path, what: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{what}: in use by {file.read() or 'another process'}; wait for it, or stop it") from None
+            holder = file.read() or "another process"
+            raise BlockingIOError(errno.EAGAIN, f"in use by {holder}; wait for it, or stop it", str(what)) from None
         except OSError:
-            pass  # a file system without locks: better without one than not at all
+            pass  # a file system without locks: continue without one
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # who held it has just taken the file away: a lock on it keeps nobody out
+        file.close()  # the holder has just removed this file: a lock on it protects nothing
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, though it says nothing
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}: {' '.join(sys.argv)}")
             file.flush()
@@ -43,15 +45,17 @@ def locked(path: Path, what: Path):
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             file.close()
-        with contextlib.suppress(OSError):  # nothing came of it
+        with contextlib.suppress(OSError):  # remove the folder again if it stayed empty
             if new:
                 path.parent.rmdir()
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """A file to write bytes to, which becomes `path` when the body ends: written beside, flushed to the disk,
-    renamed. At every moment `path` is whole: what it was, or what it is to be."""
+def atomic_write(path: Path):
+    """A binary file that becomes `path` when the body ends: written beside, flushed to the disk, renamed.
+
+    At every moment `path` is complete: its old content, or its new one.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as f:
@@ -63,12 +67,17 @@ def replacing(path: Path):
     except BaseException as e:
         beside.unlink(missing_ok=True)
         if isinstance(e, OSError):
-            e.filename = e.filename or str(path)  # a full disk does not say where
+            e.filename = e.filename or str(path)  # the error of a full disk has no file name
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
+    """Flush a folder to the disk, so that the renames in it survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def json_checksum(value) -> str:
+    """SHA-256 of a value written as JSON: meta.json carries that of its other entries."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

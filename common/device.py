@@ -1,4 +1,4 @@
-"""The machine: which device and number type to use, whether to compile, how fast and how full it is."""
+"""The hardware: device and number type, torch.compile, memory, and the processes of a data-parallel run."""
 
 import contextlib
 import ctypes
@@ -16,16 +16,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import LoopSettings
-from disk import locked
-from errors import UserError
-from model import GPT, LOSS_ROWS
+from common.files import locked
+from common.settings import UserError
+from model import GPT, LOGITS_PER_CHUNK
 
-PATIENCE = datetime.timedelta(minutes=10)  # how long a process waits for the others
+TIMEOUT = datetime.timedelta(minutes=10)  # a process waits this long for the others
 
 
 def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """The device and the type of the matrix products, as asked for or the best there is. Raises UserError."""
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
+        raise UserError(
+            f"PyTorch {torch.__version__}: too old; 2.13 is tested, 2.11 was seen to work: see requirements.txt"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":  # torchrun gives each of its processes a card by this number
@@ -53,93 +56,119 @@ def choose_device(name: str, dtype: str = "auto") -> tuple[torch.device, torch.d
     return device, torch.bfloat16 if fast else torch.float32
 
 
-def keep_memory() -> None:
-    """Have freed memory kept by the process, where its allocator is glibc's.
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep freed memory in the process.
 
-    By default a large tensor's memory goes back to the system when it is freed, and comes anew, page by page,
-    for the next: a fifth of a training step on a CPU.
+    By default the memory of a freed large tensor goes back to the system, and the next tensor gets new memory page by
+    page: a fifth of a training step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no memory outside the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: allocate on the heap only
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The floating point operations a second that large matrix products reach here, measured."""
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The FLOP/s that large matrix products reach here, measured: MFU is a share of it."""
     n = 8192 if device.type == "cuda" else 512
-    chance = torch.Generator(device)  # leaves the run's own be
-    a = torch.randn(n, n, device=device, dtype=dtype, generator=chance)
+    generator = torch.Generator(device)  # does not advance the generator of the run
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     best = math.inf
     for _ in range(5):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()  # reading a number back waits for the product
+        (a @ a)[0, 0].item()  # reading a number waits for the product
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held at once so far: on the GPU where there is one, else by the process."""
+    """Peak memory so far, in bytes: of the GPU if there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compile_model(model: Callable, device: torch.device, mode: str | None = None):
-    """The model through torch.compile, in one of its modes, where that works; it shares its weights with `model`."""
+    """torch.compile(model), which shares its weights with `model`; where that cannot work, `model` itself."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions
     if device.type != "mps" and not (shutil.which(compiler) and header.exists()):
         print(
-            "no C++ compiler found, or Python's headers are missing: going on without torch.compile, which is slower "
+            "no C++ compiler found, or Python's headers are missing: continuing without torch.compile, which is slower "
             "(try: apt install g++ python3-dev)"
         )
         return model
     if device.type == "cpu":
-        from torch._inductor import config as compiler_config  # only now: it takes as long to load as PyTorch itself
+        from torch._inductor import config as compiler_config  # imported here: it takes as long as PyTorch itself
 
-        # One row times a matrix is bound by reading the matrix: a plain fused loop reads it up to three times as
-        # fast as a matrix library does.
+        # A vector times a matrix is bound by reading the matrix. A fused loop reads it up to three times as fast as
+        # the matrix library does.
         limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
         compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
     return model if device.type == "mps" else torch.compile(model, mode=mode)
 
 
-def expected_memory(model: GPT, settings: LoopSettings, dtype: torch.dtype) -> int:
-    """Bytes of weights, gradients, optimizer state, and of what a micro-batch keeps for its backward pass."""
+def estimate_memory(model: GPT, s, dtype: torch.dtype) -> int:
+    """Bytes of weights, gradients, optimizer state, and of what a micro-batch stores for its backward pass."""
     c, size = model.config, dtype.itemsize
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
-    state = 4 * model.count_parameters() + 12 * learned
-    state -= 4 * matrices if settings.optimizer == "muon" else 0  # Muon keeps one moment
+    state = 4 * model.count_parameters() + 12 * trainable
+    state -= 4 * matrices if s.optimizer == "muon" else 0  # Muon has one moment
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
     token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
-    if model.embedding.weight.is_cpu:  # what `attend` keeps: five eighths of all the attention weights
-        token += c.n_layer * c.n_head * settings.block_size * size * 5 // 8
-    loss = LOSS_ROWS[model.embedding.weight.device.type] * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
-    return state + settings.batch_size * settings.block_size * token + loss
+    if model.embedding.weight.is_cpu:  # `attend` stores five eighths of all attention weights
+        token += c.n_layer * c.n_head * s.block_size * size * 5 // 8
+    loss = (
+        LOGITS_PER_CHUNK[model.embedding.weight.device.type] * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
+    )
+    return state + s.batch_size * s.block_size * token + loss
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data-parallel processes. torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in their environments.
+
+
+def process_rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
-def processes(s: LoopSettings):
-    """Run the body as one of the processes that torchrun started, or as the only one: with out_dir to itself."""
+def processes(s):
+    """Run the body as one of torchrun's processes, or as the only one. The first one locks s.out_dir."""
     if "RANK" in os.environ:
         device, _ = choose_device(s.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     torch.manual_seed(s.seed)
-    out_dir, first = Path(s.out_dir), os.environ.get("RANK", "0") == "0"
-    with locked(out_dir / "lock", out_dir) if first else contextlib.nullcontext():
+    out_dir = Path(s.out_dir)
+    with locked(out_dir / "lock", out_dir) if process_rank() == 0 else contextlib.nullcontext():
         yield
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
-    """dist.all_reduce, in place. Raises UserError when one of the other processes has ended, or hangs."""
+    """dist.all_reduce, in place; with one process, nothing. Raises UserError if another process has ended or hangs."""
+    if world_size() == 1:
+        return
     try:
         dist.all_reduce(tensor, op)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
         raise UserError(
-            f"another process of this run has ended or hangs ({reason}); go on with --resume=True"
+            f"another process of this run has ended or hangs ({reason}); continue with --resume=True"
         ) from None
+
+
+def all_reduce_together(tensors: list[torch.Tensor]) -> None:
+    """Sum each tensor over all processes, in place, in one transfer."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
