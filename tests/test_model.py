@@ -220,13 +220,12 @@ def test_ended_sequences_change_nothing(temperature):
     model = small()
     prompts, widths = [[3, 4, 5], [7], [8, 9, 10, 11, 12], *([i, i + 1] for i in range(20, 40))], []
     free = torch.stack(list(generate(model, prompts, 25, 0, temperature)))
-    end = free.flatten().bincount().argmax().item()  # a frequent token as the end: some sequences end early
+    end = free.flatten().bincount()[1:].argmax().item() + 1  # a frequent token as the end: some sequences end early
     model.register_forward_pre_hook(lambda module, args: widths.append(args[0].size(0)))
     for seed in range(4):
-        widths.clear()
         made = [step.tolist() for step in generate(model, prompts, 25, end, temperature, top_k=50, seed=seed)]
-        assert min(widths) < len(prompts) == max(widths)
         assert made == sampled_to_the_end(model, prompts, 25, end, temperature, seed)
+    assert min(widths) < len(prompts) / 2
 
 
 def test_sampling_follows_the_distribution():
