@@ -5,7 +5,7 @@
 
 The folder holds config.json, model.safetensors, the tokenizer with its chat template, generation_config.json and
 a model card; transformers loads it as Qwen3 (with QK-norm) or Llama (without), and computes the same.
-README.md says how to load it there.
+docs/export.md says how to load it there.
 """
 
 import contextlib
