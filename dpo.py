@@ -9,6 +9,7 @@ The loop is `train.train`. New here: pairs of a better and a worse story, which 
 holds, and a loss that compares them (DPO, Rafailov et al. 2023, arXiv:2305.18290).
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -33,6 +34,17 @@ from sample import sample_and_score
 from sft import ExampleFile, add_lora, open_examples
 from stories.constraints import read_constraints
 from stories.read import find_inputs, items_of, read_blocks
+from stories.records import (
+    CONVERSATIONS,
+    PROMPTS,
+    LeftOut,
+    keys_of,
+    prompt_of,
+    question_and_answer,
+    refuse_extras,
+    text_of,
+    turns_of,
+)
 from stories.rewards import average, reward, score
 from train import LoopSettings, ShuffledDataset, train
 
@@ -140,34 +152,53 @@ def make_pairs(path: Path, model: GPT, tokenizer, data: ExampleFile, s: Settings
 # Reading pairs
 
 
-def pair_of(record, where: str) -> list[tuple]:
-    """[(prompt, (chosen, whether it ended), (rejected, whether it ended))] of a record. Raises UserError.
+def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
+    """The texts of the prompt and of the response at `key`. Raises UserError and LeftOut.
 
-    prompt, chosen and rejected are texts; or chosen and rejected are conversations of a user and an assistant, with
-    the prompt as a conversation or in front of each, as TRL and minimind write them.
+    The prompt is a text or a conversation of its own, or stands in front of the response.
+    """
+    if isinstance(record[key], (list, dict)):
+        response = turns_of(record[key], key, where)
+    else:
+        response = [("assistant", text_of(record, key, where))]
+    for name in ("prompt", *CONVERSATIONS):
+        if isinstance(record.get(name), list):
+            return question_and_answer(turns_of(record[name], name, where) + response, key, where)
+    if not any(name in record for name in PROMPTS):
+        return question_and_answer(response, key, where)
+    prompt = prompt_of(record, ("prompt", "instruction", "query", "question"), where)
+    repeated = [text for role, text in response if role == "user"]
+    if repeated and repeated[0].strip() != prompt.strip():
+        raise UserError(f"{where}: {key!r} answers another prompt than that of the record")
+    return question_and_answer([("user", prompt), *(turn for turn in response if turn[0] != "user")], key, where)
+
+
+def pair_of(record, where: str) -> list[tuple[str, tuple]]:
+    """[("", (prompt, (chosen, whether it ended), (rejected, whether it ended)))] of a record. Raises UserError.
+
+    The prompt and both responses are texts or conversations, as TRL, minimind, UltraFeedback and LLaMA-Factory write
+    them. A pair that is left out has the reason, and nothing else: [(reason, ())].
     """
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
-        raise UserError(f"{where}: expected an object with prompt, chosen and rejected")
-    texts: dict[str, str] = {}
-    for key in ("chosen", "rejected"):
-        prompt, response = record.get("prompt", []), record[key]
-        if isinstance(prompt, list) and isinstance(response, list):
-            turns = [(m.get("role"), m.get("content")) for m in prompt + response if isinstance(m, dict)]
-            if len(turns) != len(prompt + response) or [role for role, _ in turns] != ["user", "assistant"]:
-                raise UserError(f"{where}: {key!r} is not a conversation of one question and one answer")
-            prompt, response = (text for _, text in turns)
-        for name, text in (("prompt", prompt), (key, response)):
-            if not isinstance(text, str):
-                raise UserError(f"{where}: {name!r} is a {type(text).__name__}, not text")
-            if texts.setdefault(name, text) != text:
-                raise UserError(f"{where}: chosen and rejected answer different prompts")
+        found = f"; the keys here are {keys_of(record)}" if isinstance(record, dict) else ""
+        raise UserError(f"{where}: expected an object with prompt, chosen and rejected{found}")
     try:
-        prompt, *responses = (clean(texts[name]) for name in ("prompt", "chosen", "rejected"))
+        refuse_extras(record)
+        (prompt, chosen), (other, rejected) = (prompt_and_response(record, k, where) for k in ("chosen", "rejected"))
+        prompt, other, chosen, rejected = map(clean, (prompt, other, chosen, rejected))
+    except LeftOut as reason:
+        return [(str(reason), ())]
     except UnicodeEncodeError:
         raise UserError(f"{where}: half of a surrogate pair, which is not text") from None
+    if prompt != other:
+        raise UserError(f"{where}: chosen and rejected answer different prompts")
+    if not chosen or not rejected:
+        return [("empty", ())]
+    if chosen == rejected:
+        return [("chosen and rejected are the same", ())]
     scores = [record.get(f"{key}_scores") for key in ("chosen", "rejected")]  # written by make_pairs
     ended = [not isinstance(found, dict) or found.get("finished") != 0 for found in scores]
-    return [(prompt, *zip(responses, ended, strict=True))]
+    return [("", (prompt, (chosen, ended[0]), (rejected, ended[1])))]
 
 
 class PairFile(ShuffledDataset):
@@ -203,7 +234,9 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: LoopSettings) -> 
     """The pairs to train on and, of a twentieth of the prompts, those to validate with. Raises UserError."""
     end, (before, after) = tokenizer.eos_id(), template_tokens(template, tokenizer)
     blocks = read_blocks(files, pair_of, "reading pairs")
-    pairs = [pair for block in blocks for pair in items_of(block, pair_of)]
+    items = [item for block in blocks for item in items_of(block, pair_of)]
+    left_out = collections.Counter(reason for reason, pair in items if not pair)
+    pairs = [pair for _, pair in items if pair]
     digests = {prompt: text_digest(prompt) for prompt, *_ in pairs}
     held_out = set(sorted(digests.values())[: max(1, len(digests) // 20)])
     splits: dict[str, list[tuple]] = {"train": [], "val": []}
@@ -216,7 +249,16 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: LoopSettings) -> 
         else:
             splits["val" if digests[prompt] in held_out else "train"].append((instruction, *responses))
     counts = ", ".join(f"{len(found):,} {split}" for split, found in splits.items())
-    print(f"{files[0]}: {counts} pairs, {too_long:,} left out (longer than {s.block_size} tokens)")
+    reasons = "".join(f", {n:,} left out ({reason})" for reason, n in left_out.items())
+    if process_rank() == 0:
+        print(f"{files[0]}: {counts} pairs, {too_long:,} left out (longer than {s.block_size} tokens){reasons}")
+    if not splits["train"] or not splits["val"] or left_out.total() > len(pairs):
+        why = f"{len(pairs):,} pairs{reasons}"
+        if too_long:
+            why = f"{too_long:,} of {len(pairs):,} pairs are longer than {s.block_size} tokens; raise block_size"
+        elif len(digests) == 1:
+            why = f"all {len(pairs):,} pairs have the same prompt{reasons}; validation needs pairs of another one"
+        raise UserError(f"{files[0]}: cannot be trained on: {why}")
     train_data, val_data = (PairFile(files[0], found, s.block_size, end, s.seed) for found in splits.values())
     return train_data, val_data
 

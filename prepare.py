@@ -16,6 +16,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -23,11 +24,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +42,8 @@ from common.tokenizer import CONTROL_TOKENS, clean, load_tokenizer, template_for
 from stories.constraints import NAMES
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import LONGEST, find_inputs, items_of, read_blocks
-from stories.records import examples_of, story_of
+from stories.read import LONGEST, describe_texts, find_inputs, items_of, read_blocks
+from stories.records import LeftOut, examples_of, story_of
 
 SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
 
@@ -49,17 +52,29 @@ SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
 # Cleaning and encoding, in worker processes, a block of input at a time
 
 
-def texts_of(record, where: str, args: argparse.Namespace) -> Sequence[tuple[str, ...]]:
-    """The texts of a record: its story; for --task sft, pairs of an instruction and a story."""
-    if args.task == "sft":
-        return examples_of(record, where, args.text_key, args.augment)
-    return [(story_of(record, where, args.text_key),)]
+def items_of_record(record, where: str, args: argparse.Namespace) -> list[tuple[str, tuple[str, ...]]]:
+    """(form, texts) of a record: its story; for --task sft, an instruction and a story, perhaps several times.
+
+    The form names the keys that were read. A record that is left out has the reason instead, and no texts.
+    """
+    if args.task != "sft":
+        return [("text" if isinstance(record, str) else args.text_key, (story_of(record, where, args.text_key),))]
+    try:
+        form, examples = examples_of(record, where, args.text_key, args.augment)
+    except LeftOut as reason:
+        return [(str(reason), ())]
+    return [(form, example) for example in examples]
 
 
-def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collections.Counter]:
-    """The cleaned texts of a block, the story last in each, and how many were dropped for which reason."""
-    cleaned, dropped = [], collections.Counter[str]()
-    for texts in items_of(block, extract):
+def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collections.Counter, collections.Counter]:
+    """The cleaned texts of a block, the story last in each; how many were dropped for which reason; and how many
+    had which form."""
+    cleaned, dropped, forms = [], collections.Counter[str](), collections.Counter[str]()
+    for form, texts in items_of(block, extract):
+        if not texts:
+            dropped[form] += 1
+            continue
+        forms[form] += 1
         try:
             texts = tuple(map(clean, texts))
         except UnicodeEncodeError:
@@ -71,7 +86,7 @@ def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collectio
             dropped["unencodable"] += 1  # decode it to a space
         else:
             cleaned.append(texts)
-    return cleaned, dropped
+    return cleaned, dropped, forms
 
 
 def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
@@ -84,23 +99,72 @@ tokenizer: sentencepiece.SentencePieceProcessor  # start_worker sets these two i
 frames: Sequence[list[int]]
 
 
-def encode_block(block: tuple, extract) -> tuple:
-    """Returns, for each text of a block: its digest, that of its story, its lengths in tokens, characters and bytes;
-    then all tokens in one array, and how many texts were dropped for which reason."""
-    texts, dropped = clean_block(block, extract)
-    encoded = [tokenizer.encode(list(part)) for part in zip(*texts, strict=True)]  # instructions and stories
+@dataclass
+class LossyTokens:
+    """What a tokenizer loses: texts that come back changed, and an example."""
+
+    texts: int = 0
+    changed: int = 0
+    unknown: int = 0  # tokens
+    example: str = ""
+
+    def add(self, texts: Sequence[str], encoded: list[list[int]]) -> None:
+        """Compare texts with what their tokens decode to."""
+        unknown = tokenizer.unk_id()
+        for text, ids, decoded in zip(texts, encoded, tokenizer.decode(encoded), strict=True):
+            self.texts += 1
+            self.unknown += ids.count(unknown)
+            if decoded != text:
+                self.changed += 1
+                at = max(0, next((i for i, (a, b) in enumerate(zip(text, decoded)) if a != b), len(decoded)) - 4)  # noqa: B905
+                self.example = self.example or f"{text[at : at + 12]!r} becomes {decoded[at : at + 12]!r}"
+
+    def merge(self, other: "LossyTokens") -> None:
+        self.texts, self.changed = self.texts + other.texts, self.changed + other.changed
+        self.unknown, self.example = self.unknown + other.unknown, self.example or other.example
+
+    def __str__(self) -> str:
+        share = self.changed / max(1, self.texts)
+        return (
+            f"changes {self.changed:,} of {self.texts:,} texts ({share:.2%}): {self.example}; {self.unknown:,} unknown "
+            "tokens"
+        )
+
+
+@dataclass
+class EncodedBlock:
+    """The N texts of a block as tokens."""
+
+    digests: np.ndarray  # (N,) of the texts
+    story_digests: np.ndarray  # (N,) of their stories alone
+    lengths: np.ndarray  # (N, 3): tokens, characters, bytes
+    tokens: np.ndarray  # of all texts, one after the other
+    dropped: collections.Counter
+    forms: collections.Counter
+    losses: LossyTokens
+
+
+def encode_block(block: tuple, extract) -> EncodedBlock:
+    texts, dropped, forms = clean_block(block, extract)
+    parts = list(zip(*texts, strict=True))  # all instructions, then all stories
+    encoded = [tokenizer.encode(list(part)) for part in parts]
+    losses = LossyTokens()
+    for part, ids_of_part in zip(parts, encoded, strict=True):
+        losses.add(part, ids_of_part)
     flat, ids = itertools.chain.from_iterable, []
-    for parts in zip(*encoded, strict=True):
-        ids.append([*flat(flat(zip(frames, parts, strict=True))), tokenizer.eos_id()])
+    for ids_of_text in zip(*encoded, strict=True):
+        ids.append([*flat(flat(zip(frames, ids_of_text, strict=True))), tokenizer.eos_id()])
     lengths = [
         (len(i), sum(map(len, t)), sum(len(part.encode()) for part in t)) for i, t in zip(ids, texts, strict=True)
     ]
-    return (
+    return EncodedBlock(
         np.array([text_digest(*t) for t in texts], dtype=np.uint64),
         np.array([text_digest(t[-1]) for t in texts], dtype=np.uint64),
         np.array(lengths, dtype=np.int64).reshape(-1, 3),
         np.fromiter(flat(ids), dtype=np.uint16),
         dropped,
+        forms,
+        losses,
     )
 
 
@@ -162,6 +226,8 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
         )
     except RuntimeError as e:
         reason = str(e).rsplit("] ", 1)[-1].split(". ")[0]
+        if too_small := re.search(r"required_chars\. \d+ vs (\d+)", str(e)):
+            reason = f"too small for the characters of these stories; at least {too_small[1]} is needed"
         raise UserError(f"--vocab_size {vocab_size}: {reason}") from None
     return model.getvalue()
 
@@ -226,34 +292,49 @@ class SeenDigests:
         return new
 
 
-def write_bins(blocks, folder: Path, val_fraction: float) -> dict:
+def write_bins(blocks, folder: Path, args: argparse.Namespace) -> dict:
     """Write the texts of encoded blocks to train.bin and val.bin, each text once. Returns counts and checksums.
 
-    The digest of its story decides a text's split, so it never depends on file names or order.
+    The digest of its story decides a text's split, so it never depends on file names or order. Raises UserError if
+    the tokenizer loses too much.
     """
-    border, seen = np.uint64(val_fraction * 2**64), SeenDigests()
+    border, seen, losses = np.uint64(args.val_fraction * 2**64), SeenDigests(), LossyTokens()
     counts = {split: np.zeros(4, int) for split in ("train", "val")}
     checksums = {split: hashlib.sha256() for split in ("train", "val")}
-    dropped = collections.Counter[str]()
+    dropped, forms = collections.Counter[str](), collections.Counter[str]()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for digests, story_digests, lengths, tokens, dropped_in_block in blocks:
-            dropped += dropped_in_block
-            new = seen.add(digests)
+        for block in blocks:
+            dropped += block.dropped
+            forms += block.forms
+            losses.merge(block.losses)
+            if losses.texts >= 10_000:  # do not wait for the end of millions
+                check_losses(losses, args)
+            new = seen.add(block.digests)
             dropped["duplicate"] += int((~new).sum())
-            in_val = story_digests < border
+            in_val = block.story_digests < border
             for split, file, selected in (("train", train, new & ~in_val), ("val", val, new & in_val)):
-                data = tokens[np.repeat(selected, lengths[:, 0])].astype("<u2").tobytes()
+                data = block.tokens[np.repeat(selected, block.lengths[:, 0])].astype("<u2").tobytes()
                 file.write(data)
                 checksums[split].update(data)
-                counts[split] += (selected.sum(), *lengths[selected].sum(axis=0))
+                counts[split] += (selected.sum(), *block.lengths[selected].sum(axis=0))
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
+    check_losses(losses, args)
     meta: dict = {}
     for split in ("train", "val"):
         meta[split] = dict(zip(("stories", "tokens", "characters", "bytes"), map(int, counts[split]), strict=True))
         meta[split]["sha256"] = checksums[split].hexdigest()
-    return meta | {"dropped": {k: dropped[k] for k in ("duplicate", "empty", "not_unicode", "unencodable")}}
+    always = ("duplicate", "empty", "not_unicode", "unencodable")
+    meta["dropped"] = {reason: dropped[reason] for reason in (*always, *sorted(dropped.keys() - set(always)))}
+    return meta | {"forms": dict(forms), "tokenizer_losses": dataclasses.asdict(losses)}
+
+
+def check_losses(losses: LossyTokens, args: argparse.Namespace) -> None:
+    """Raise a UserError if a tokenizer changes more than 1% of the texts, unless that is allowed."""
+    if losses.changed > 0.01 * losses.texts and not args.allow_lossy_tokenizer:
+        advice = "use another tokenizer, or accept this with --allow_lossy_tokenizer"
+        raise UserError(f"{args.tokenizer}: {losses}; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -290,9 +371,20 @@ def replace_folder(folder: Path, made: set[str]):
         shutil.rmtree(new, ignore_errors=True)
 
 
+def check_dropped(meta: dict, files: list[Path], args: argparse.Namespace) -> None:
+    """Raise a UserError if there is nothing to write, or if most instructions had to be left out."""
+    kept = meta["train"]["stories"] + meta["val"]["stories"]
+    reasons = {reason: n for reason, n in meta["dropped"].items() if n and reason != "duplicate"}
+    listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
+    if not kept:
+        raise UserError(f"{files[0]}: no stories found" + (f" ({listed})" if listed else ""))
+    if args.task == "sft" and sum(reasons.values()) > kept + meta["dropped"]["duplicate"]:
+        raise UserError(f"{files[0]}: more than half of the records cannot be used ({listed})")
+
+
 def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
     """Write out_dir from the files. Returns what meta.json holds. Raises UserError."""
-    extract = functools.partial(texts_of, args=args)
+    extract = functools.partial(items_of_record, args=args)
     with replace_folder(out_dir, {"train.bin", "val.bin", "tokenizer.model", "meta.json"}) as folder:
         model = make_tokenizer(files, extract, args)
         trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
@@ -300,12 +392,13 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         before = template_tokens(template, trained) if template else ([],)
         with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model, before)) as workers:
             blocks = read_blocks(files, extract, "encoding")
-            meta = write_bins(in_order(workers, encode_block, blocks, extract), folder, args.val_fraction)
-        if not meta["train"]["stories"] + meta["val"]["stories"]:
-            raise UserError(f"{files[0]}: no stories found")
+            meta = write_bins(in_order(workers, encode_block, blocks, extract), folder, args)
+        check_dropped(meta, files, args)
         for split in ("train", "val"):
             if not meta[split]["stories"]:
-                raise UserError(f"--val_fraction {args.val_fraction}: leaves no story for the {split} split")
+                advice = "raise it" if split == "val" else "lower it"
+                left = f"leaves no story for the {split} split"
+                raise UserError(f"--val_fraction {args.val_fraction}: {left}; {advice}, or add stories")
         meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id(), "template": template}
         meta |= {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
         meta |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
@@ -325,6 +418,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out_dir", type=Path, help="default: data/demo, or data/ and the dataset's name")
     parser.add_argument("--vocab_size", type=int, default=8192, help="pieces of the tokenizer (at most 65536)")
     parser.add_argument("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
+    parser.add_argument("--allow_lossy_tokenizer", action="store_true", help="even if it changes over 1%% of the texts")
     parser.add_argument("--val_fraction", type=float, default=0.01, help="share of the stories held out")
     parser.add_argument("--text_key", help="where a record has its story (default: story_zh)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
@@ -355,7 +449,10 @@ def get_files(args: argparse.Namespace) -> list[Path]:
             write_corpus(files[0])
     else:
         files = []
-    return files + find_inputs(args.inputs)
+    files += find_inputs(args.inputs)
+    for line in describe_texts(files):
+        print(line)
+    return files
 
 
 def main() -> None:
@@ -372,6 +469,9 @@ def main() -> None:
             f"{out_dir}/{split}.bin: {c['stories']:,} {unit}, {c['characters']:,} characters, {c['tokens']:,} tokens "
             f"({c['characters'] / c['tokens']:.2f} characters a token)"
         )
+    print("read: " + ", ".join(f"{n:,} of {form}" for form, n in meta["forms"].items()))
+    if meta["tokenizer_losses"]["changed"]:
+        print(f"{args.tokenizer}: {LossyTokens(**meta['tokenizer_losses'])}")
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())
     print(f"dropped: {reasons}; {time.perf_counter() - start:.1f} s in all")
 

@@ -477,9 +477,10 @@ def set_up(s: LoopSettings, train_data, val_data) -> tuple[torch.device, torch.d
     if s.gradient_accumulation_steps % world_size():
         n = s.gradient_accumulation_steps
         raise UserError(f"gradient_accumulation_steps = {n}: not a multiple of {world_size()} processes")
-    for data in (train_data, val_data):
+    for data, advice in ((train_data, "add stories"), (val_data, "prepare with a larger --val_fraction")):
         if not len(data):
-            raise UserError(f"{data.path}: holds no sequence of {s.block_size} tokens and one more; lower block_size")
+            missing = f"holds no sequence of {s.block_size} tokens and one more"
+            raise UserError(f"{data.path}: {missing}; lower block_size, or {advice}")
     device, dtype = choose_device(s.device, s.dtype)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,15 +1,17 @@
-"""Read stories from files: .jsonl, .json, .txt and .csv, each also as .gz, and .tar.gz archives of them.
+"""Read stories from files: .jsonl, .json, .txt, .csv and .parquet, packed as .gz or .zst, or in .tar archives.
 
-Everything is streamed, so that memory does not grow with the input.
+Everything is streamed, so that memory does not grow with the input. A file is read whole, or named as not read.
 """
 
 import codecs
 import csv
 import gzip
+import importlib.util
 import io
 import itertools
 import json
 import re
+import sys
 import tarfile
 import zlib
 from glob import glob
@@ -20,36 +22,95 @@ from tqdm.utils import CallbackIOWrapper
 
 from common.settings import UserError
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".csv")
-DOCUMENT_END = "<|endoftext|>"  # separates stories in .txt files; in a story it is plain text
+SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
+PACKED = (".gz", ".zst")
+KNOWN = f"{', '.join(SUFFIXES)}, .tar, each also with .gz or .zst"
+DOCUMENT_END = "<|endoftext|>"  # separates stories in .txt files; in a story of other files it is plain text
+MARKER = DOCUMENT_END.encode()
+BOM = "\ufeff"  # begins some UTF-8 files
 BLOCK = 1 << 20  # bytes of input in a block
 HEADERS = b"xgXLK"  # types of archive members that describe other members
 LONGEST = 1 << 24  # bytes of the longest line or record that is read into memory
+# Written beside data by `datasets` and by prepare.py: no stories.
+METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "meta.json"}
 
 
 def find_inputs(inputs: list[str]) -> list[Path]:
-    """The files of files, folders and globs, in a fixed order."""
-    files = []
+    """The files of files, folders and globs, in a fixed order. Raises UserError.
+
+    What a folder or a glob has beside them is named on stderr.
+    """
+    files, not_read = [], []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.is_file() and is_readable(p.name)]
-            if not found:
-                raise UserError(f"{name}: no {', '.join(SUFFIXES)}, .gz or .tar.gz file in this folder")
+            present = [p for p in sorted(path.rglob("*")) if p.is_file()]
         elif path.exists():
-            if not is_readable(name):
-                raise UserError(f"{name}: unknown kind of file; known are {', '.join(SUFFIXES)}, .gz, .tar.gz")
-            found = [path]
+            present = [path]
         else:
-            found = [Path(p) for p in sorted(glob(name, recursive=True)) if is_readable(p)]
-            if not found:
-                raise UserError(f"{name}: no such file or folder")
+            present = [p for p in map(Path, sorted(glob(name, recursive=True))) if p.is_file()]
+        found = [p for p in present if is_story_file(p) or (p == path and is_readable(p.name))]
+        if not found and path.is_file():
+            raise UserError(f"{name}: unknown kind of file; known are {KNOWN}")
+        if not found and path.exists():
+            there = f"; it holds {shortened(p.name for p in present)}" if present else ""
+            raise UserError(f"{name}: no file in this folder can be read as stories ({KNOWN}){there}")
+        if not found:
+            raise UserError(f"{name}: no such file or folder")
         files += found
+        not_read += [p for p in present if p not in set(found)]
+    if not_read:
+        print(f"not read, because hidden, metadata or of an unknown kind: {shortened(not_read)}", file=sys.stderr)
+    for path in files:
+        check_packages(path)
     return files
 
 
+def shortened(names, most: int = 8) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def suffixes_of(name: str) -> tuple[str, str]:
+    """The kind of a file and how it is packed, as (".jsonl", ".gz"), (".csv", ""); .tgz counts as .tar.gz."""
+    name = re.sub(r"\.tgz$", ".tar.gz", name.lower())
+    packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
+    return Path(name.removesuffix(packing)).suffix, packing
+
+
 def is_readable(name: str) -> bool:
-    return name.removesuffix(".gz").endswith((*SUFFIXES, ".tar"))
+    kind, _ = suffixes_of(name)
+    return kind in (*SUFFIXES, ".tar")
+
+
+def is_story_file(path: Path) -> bool:
+    """Not so: hidden files (macOS writes ._ files), metadata, and the folders that prepare.py has written."""
+    prepared = (path.parent / "meta.json").exists() and (path.parent / "train.bin").exists()
+    hidden = any(part.startswith(".") for part in (path.name, path.parent.name) if part != "..")
+    return is_readable(path.name) and not hidden and not prepared and path.name not in METADATA
+
+
+def check_packages(path: Path) -> None:
+    """Raise a UserError that names the package that reading this file needs, if it is not installed."""
+    kind, packing = suffixes_of(path.name)
+    if kind == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise UserError(f"{path}: reading .parquet needs a package; try: pip install pyarrow")
+    if kind == ".parquet" and packing:
+        raise UserError(f"{path}: a packed .parquet cannot be read; unpack it first")
+    standard = sys.version_info >= (3, 14)  # whose library has compression.zstd
+    if packing == ".zst" and not standard and not importlib.util.find_spec("zstandard"):
+        raise UserError(f"{path}: reading .zst needs a package; try: pip install zstandard")
+
+
+def unpack_zst(stream):
+    """The content of a .zst stream, as a stream."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.ZstdFile(stream)
+    import zstandard
+
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True), BLOCK)
 
 
 # A block is (kind, name, number of its first line, data). Parsing JSON lines is slow, so `items_of` does it, in worker
@@ -64,26 +125,39 @@ def read_blocks(files: list[Path], extract, title: str):
     total = sum(f.stat().st_size for f in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for path in files:
+            kind, packing = suffixes_of(path.name)
             with open(path, "rb") as disk:
                 stream, name = CallbackIOWrapper(bar.update, disk, "read"), str(path)
-                if name.endswith(".gz"):
-                    stream = gzip.GzipFile(fileobj=stream)
+                if packing:
+                    stream = gzip.GzipFile(fileobj=stream) if packing == ".gz" else unpack_zst(stream)
                 try:
-                    if name.removesuffix(".gz").endswith(".tar"):
-                        # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
-                        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
-                            # Python 3.11 forgets to define this.
-                            archive.fileobj.seekable = lambda: False  # type: ignore[attr-defined]
-                            for member in archive:
-                                if member.isfile() and member.name.endswith(SUFFIXES):
-                                    content = archive.extractfile(member)
-                                    yield from read_stream(content, f"{name}/{member.name}", extract)
+                    if kind == ".tar":
+                        yield from read_archive(stream, name, extract)
                     else:
                         yield from read_stream(stream, name, extract)
-                except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as e:
-                    raise UserError(f"{name}: damaged or cut off ({e}); fetch it again") from None
                 except UnicodeDecodeError as e:
                     raise UserError(f"{name}: not UTF-8 ({e.reason}); convert the file first") from None
+                except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as e:
+                    raise UserError(f"{name}: damaged or cut off ({e}); fetch it again") from None
+                except Exception as e:
+                    if type(e).__name__ not in ("ZstdError", "ArrowInvalid"):  # of packages that may be missing
+                        raise
+                    raise UserError(f"{name}: damaged or cut off ({str(e).splitlines()[0]}); fetch it again") from None
+
+
+def read_archive(stream, name: str, extract):
+    # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
+        # Python 3.11 forgets to define this.
+        archive.fileobj.seekable = lambda: False  # type: ignore[attr-defined]
+        for member in archive:
+            kind, packing = suffixes_of(member.name)
+            hidden = Path(member.name).name.startswith(".")
+            if not member.isfile() or hidden or kind not in SUFFIXES or Path(member.name).name in METADATA:
+                continue
+            if packing or kind == ".parquet":
+                raise UserError(f"{name}/{member.name}: cannot be read inside an archive; unpack the archive first")
+            yield from read_stream(archive.extractfile(member), f"{name}/{member.name}", extract)
 
 
 class Member(tarfile.TarInfo):
@@ -98,33 +172,69 @@ class Member(tarfile.TarInfo):
 
 
 def read_stream(stream, name: str, extract):
-    kind = name.removesuffix(".gz").rsplit(".", 1)[1]
-    if kind == "jsonl":
-        for line, data in split_stream(stream, b"\n", name):
-            yield "jsonl", name, line, data
-    elif kind == "txt":
-        head = stream.read(BLOCK)  # if stories have several lines, the first MiB has an end marker
-        separator = DOCUMENT_END.encode() if DOCUMENT_END.encode() in head else b"\n"
-        for line, data in split_stream(stream, separator, name, head):
-            yield separator.decode(), name, line, data
+    kind, _ = suffixes_of(name)
+    if kind in (".jsonl", ".txt"):
+        head = stream.read(BLOCK)
+        newline, separator = separators(head)
+        cut = newline if kind == ".jsonl" else separator
+        for line, data in split_stream(stream, cut, newline, name, head):
+            if kind == ".txt" and cut != MARKER and MARKER in data:
+                line += data.count(newline, 0, data.index(MARKER))
+                raise UserError(f"{name}:{line}: the first {DOCUMENT_END} of this file; put one into its first MiB too")
+            if newline == b"\r":
+                data, cut = data.replace(b"\r", b"\n"), cut.replace(b"\r", b"\n")
+            yield "jsonl" if kind == ".jsonl" else cut.decode(), name, line, data
     else:
-        records = read_json(stream, name) if kind == "json" else read_csv(stream, name)
-        found = (item for where, record in records for item in extract(record, where))
+        readers = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+        found = (item for where, record in readers[kind](stream, name) for item in extract(record, where))
         while block := list(itertools.islice(found, 1000)):
             yield "found", name, 0, block
 
 
-def split_stream(stream, separator: bytes, name: str, head: bytes = b""):
+def separators(head: bytes) -> tuple[bytes, bytes]:
+    """What ends a line, and what separates the stories of a text file, judging by its first MiB.
+
+    Stories are separated by end markers, or by empty lines where a quarter of what these separate has two to twenty
+    lines; else a line is a story.
+    """
+    newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"
+    if MARKER in head:
+        return newline, MARKER
+    empty_line = b"\r\n\r\n" if b"\r\n" in head else newline * 2
+    counts = [part.strip().count(newline) + 1 for part in head.split(empty_line) if part.strip()]
+    several = sum(2 <= n <= 20 for n in counts)
+    return newline, empty_line if len(counts) > 1 and several >= len(counts) / 4 else newline
+
+
+def describe_texts(files: list[Path], most: int = 3) -> list[str]:
+    """A line for each of the first .txt files: how it is cut into stories, and how the first two begin."""
+    lines = list[str]()
+    for path in files:
+        kind, packing = suffixes_of(path.name)
+        if kind != ".txt" or packing or len(lines) == most:
+            continue
+        with open(path, "rb") as f:
+            head = f.read(BLOCK)
+        _, separator = separators(head)
+        how = {MARKER: f"separated by {DOCUMENT_END}", b"\n": "one a line", b"\r": "one a line"}
+        stories = [text.strip() for text in head.decode(errors="replace").split(separator.decode()) if text.strip()]
+        first = ", ".join(repr(text[:12] + "…" * (len(text) > 12)) for text in stories[:2])
+        lines.append(f"{path}: stories {how.get(separator, 'separated by empty lines')}: {first}, …")
+    return lines
+
+
+def split_stream(stream, separator: bytes, newline: bytes, name: str, head: bytes):
     """Yield (number of the first line, bytes) of about BLOCK bytes, each ending in `separator`."""
-    line, rest = 1, head.removeprefix(codecs.BOM_UTF8)
-    while data := stream.read(BLOCK):
-        if line == 1 and not rest:
-            data = data.removeprefix(codecs.BOM_UTF8)
+    line, rest = 1, head
+    while True:
+        data = stream.read(BLOCK)
         rest += data
         cut = rest.rfind(separator) + len(separator)
+        if not data:
+            break
         if cut >= len(separator):
             yield line, rest[:cut]
-            line += rest.count(b"\n", 0, cut)
+            line += rest.count(newline, 0, cut)
             rest = rest[cut:]
         elif len(rest) > LONGEST:
             raise UserError(f"{name}:{line}: over {LONGEST:,} bytes without an end; is this the right file?")
@@ -178,6 +288,16 @@ def read_csv(stream, name: str):
         raise UserError(f"{name}:{rows.reader.line_num}: malformed CSV ({e})") from None
 
 
+def read_parquet(stream, name: str):
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1000):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{name}, row {number}", record
+
+
 def items_of(block: tuple, extract) -> list:
     """The items that `extract` returns for the records of one block."""
     kind, name, line, data = block
@@ -189,9 +309,11 @@ def items_of(block: tuple, extract) -> list:
         line += data.count(b"\n", 0, e.start)
         raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert the file first") from None
     if kind != "jsonl":
+        text = text.removeprefix(BOM).replace(f"\n{BOM}", "\n")  # files that were joined have one inside
         return [item for story in text.split(kind) for item in extract(story, f"{name}:{line}")]
     items = []
     for number, row in enumerate(text.split("\n"), line):
+        row = row.removeprefix(BOM)
         if row and not row.isspace():
             try:
                 record = json.loads(row)

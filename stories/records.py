@@ -1,4 +1,8 @@
-"""Records: what one JSON object, CSV row or text of the input holds, as a story or as an instruction and a response."""
+"""Records: what one JSON object, CSV row or text of the input holds, as a story or as an instruction and a response.
+
+A record is read whole or refused. One that has something the template cannot hold (a system prompt, earlier turns)
+is left out, and the report counts it.
+"""
 
 import itertools
 import random
@@ -6,6 +10,36 @@ import re
 
 from common.settings import UserError
 from stories.constraints import read_constraints, split_list, write_constraints
+
+# The keys of a response, and the keys that may hold its prompt.
+PAIRS = {
+    "output": ("instruction",),
+    "completion": ("prompt",),
+    "response": ("instruction", "prompt", "query", "question"),
+    "answer": ("query", "question"),
+}
+PROMPTS = ("instruction", "prompt", "query", "question", "input")  # beside a response, none of these is ignored
+CONVERSATIONS = ("messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
+EXTRAS = ("history", "system")  # what the template has no place for
+
+
+class LeftOut(Exception):
+    """A record that the template cannot hold. The message is the reason, for the report."""
+
+
+def keys_of(record: dict) -> str:
+    return ", ".join(sorted(map(str, record))) or "none"
+
+
+def text_of(record: dict, key: str, where: str) -> str:
+    """The text at a key; null and a missing key are empty. Raises UserError."""
+    value = record.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is a {type(value).__name__}, not text")
+    return value
 
 
 def story_of(record, where: str, text_key: str) -> str:
@@ -15,11 +49,95 @@ def story_of(record, where: str, text_key: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object or a string, found {type(record).__name__}")
     if text_key not in record:
-        keys = ", ".join(sorted(map(str, record))) or "none"
-        raise UserError(f"{where}: no key {text_key!r}; the keys here are {keys}; choose with --text_key")
+        raise UserError(f"{where}: no key {text_key!r}; the keys here are {keys_of(record)}; choose with --text_key")
     if not isinstance(record[text_key], str):
         raise UserError(f"{where}: {text_key!r} is a {type(record[text_key]).__name__}, not text")
     return record[text_key]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Prompts and responses
+
+
+def turns_of(value, key: str, where: str) -> list[tuple[str, str]]:
+    """(role, text) of each turn of a conversation, written with role and content or with from and value.
+
+    Raises UserError.
+    """
+    turns = []
+    for turn in value if isinstance(value, list) else [value]:
+        role_key, text_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
+        if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str) or text_key not in turn:
+            raise UserError(f"{where}: {key!r} is not a list of turns, each with role and content (or from and value)")
+        role = turn[role_key].lower()
+        turns.append((ROLES.get(role, role), text_of(turn, text_key, where)))
+    return turns
+
+
+def question_and_answer(turns: list[tuple[str, str]], key: str, where: str) -> tuple[str, str]:
+    """The texts of a conversation of one question and one answer. Raises UserError, and LeftOut for a longer one."""
+    roles = [role for role, _ in turns]
+    if "system" in roles and any(text.strip() for role, text in turns if role == "system"):
+        raise LeftOut("system prompt")
+    (turns, roles) = ([t for t in turns if t[0] != "system"], [role for role in roles if role != "system"])
+    if unknown := set(roles) - {"user", "assistant"}:
+        raise LeftOut(f"turn of {sorted(unknown)[0]!r}")
+    if roles[:2] != ["user", "assistant"]:
+        found = ", ".join(roles) or "nothing"
+        raise UserError(f"{where}: {key!r} is not a question and its answer: expected user, assistant; found {found}")
+    if len(roles) > 2:
+        raise LeftOut("several turns")
+    return turns[0][1], turns[1][1]
+
+
+def refuse_extras(record: dict) -> None:
+    """Raise LeftOut if a record has earlier turns or a system prompt that is not empty."""
+    for key in EXTRAS:
+        value = record.get(key)
+        if value.strip() if isinstance(value, str) else value:
+            raise LeftOut("history" if key == "history" else "system prompt")
+
+
+def prompt_of(record: dict, keys: tuple[str, ...], where: str) -> str:
+    """The prompt of a record that has it at one of `keys`, followed by that at "input". Raises UserError."""
+    present = [key for key in (*keys, "input") if key in record]
+    ignored = [key for key in PROMPTS if key not in present and text_of(record, key, where).strip()]
+    if not present or ignored or len(present) > 1 + ("input" in present):
+        expected = " or ".join(map(repr, keys))
+        raise UserError(f"{where}: expected the prompt at {expected}; the keys here are {keys_of(record)}")
+    return "\n".join(text for key in present if (text := text_of(record, key, where)).strip())
+
+
+def pair_form(record, text_key: str, where: str) -> tuple[str, str] | None:
+    """(form, key of the response) of a record with a prompt and a response; None for a story with its labels.
+
+    A form names the keys for the report. Raises UserError if the record could be read in two ways.
+    """
+    if not isinstance(record, dict):
+        return None
+    responses = [key for key in PAIRS if key in record]
+    conversations = [key for key in CONVERSATIONS if key in record]
+    if len(responses) + len(conversations) > 1:
+        both = " and ".join(map(repr, responses + conversations))
+        raise UserError(f"{where}: holds {both}; which is the response? rename or remove the other")
+    if conversations:
+        return conversations[0], conversations[0]
+    prompts = [key for key in PROMPTS if isinstance(record.get(key), str) and record[key].strip()]
+    if not responses and prompts and text_key in record:
+        responses = [text_key]  # the story beside a prompt is the response to it
+    if not responses and prompts:
+        known = ", ".join(PAIRS)
+        raise UserError(
+            f"{where}: holds the prompt {prompts[0]!r}, but no response ({known}); the keys here are {keys_of(record)}"
+        )
+    if not responses:
+        return None
+    keys = [key for key in PROMPTS if key in record and (key != "input" or text_of(record, key, where).strip())]
+    return "/".join([*keys, responses[0]]), responses[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Instructions
 
 
 def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) -> dict[str, str]:
@@ -39,30 +157,35 @@ def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) 
     return {name: value for name, value in constraints.items() if isinstance(value, str) and value.strip()}
 
 
-def examples_of(record, where: str, text_key: str, augment: int) -> list[tuple[str, str]]:
-    """(instruction, response) of a record: up to `augment` different lists of its constraints. Raises UserError.
+def examples_of(record, where: str, text_key: str, augment: int) -> tuple[str, list[tuple[str, str]]]:
+    """The form of a record, for the report, and its examples: (instruction, response) each.
 
-    Alpaca's keys (instruction, input, output) are taken as they are. If they hold a list of constraints, that list
-    comes first, and other orders and subsets of it follow.
+    A prompt is taken as it is. If it is a list of constraints, up to `augment` different lists are made of it: the
+    given one first, then other orders and subsets. So too for TinyStories' labels, of which no list is given.
+    Raises UserError, and LeftOut.
     """
-    if isinstance(record, dict) and "output" in record:
-        for key in ("instruction", "input", "output"):
-            if not isinstance(record.get(key, ""), str):
-                raise UserError(f"{where}: {key!r} is a {type(record[key]).__name__}, not text")
-        response, extra = record["output"], record.get("input", "")
-        instruction = "\n".join(text for text in (record.get("instruction", ""), extra) if text.strip())
+    first: list[tuple[str, ...]] = []
+    if found := pair_form(record, text_key, where):
+        form, key = found
+        refuse_extras(record)
+        if key in CONVERSATIONS:
+            instruction, response = question_and_answer(turns_of(record[key], key, where), key, where)
+        else:
+            response = story_of(record, where, key)
+            instruction = prompt_of(record, PAIRS.get(key, PROMPTS[:-1]), where)
+        extra = text_of(record, "input", where)
         constraints = read_constraints(extra if extra.strip() else instruction)
         if constraints is None:
-            return [(instruction, response)]
+            return form, [(instruction, response)]
         first = [tuple(constraints)]
         rng = random.Random(response.encode(errors="surrogatepass"))
     else:
-        response = story_of(record, where, text_key)
-        rng, first = random.Random(response.encode(errors="surrogatepass")), []
+        form, response = text_key, story_of(record, where, text_key)
+        rng = random.Random(response.encode(errors="surrogatepass"))
         constraints = constraints_of(record, response, text_key, rng) if isinstance(record, dict) else {}
         if not constraints:
             raise UserError(f"{where}: holds no instruction, words, features, summary or sentence")
     orders = [order for n in range(len(constraints)) for order in itertools.permutations(constraints, n + 1)]
     orders.sort(key=lambda order: rng.random())
     selected = list(dict.fromkeys(first + orders))[:augment]
-    return [(write_constraints({name: constraints[name] for name in order}), response) for order in selected]
+    return form, [(write_constraints({name: constraints[name] for name in order}), response) for order in selected]

@@ -158,19 +158,35 @@ def test_rows_by_hand():
     "record",
     [
         {"prompt": "问", "chosen": "好", "rejected": " 坏\r\n"},
+        {"prompt": "问", "input": None, "system": "", "history": [], "chosen": "好", "rejected": "坏"},
         {"prompt": [{"role": "user", "content": "问"}], "chosen": [{"role": "assistant", "content": "好"}],
          "rejected": [{"role": "assistant", "content": "坏"}]},
         {"chosen": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
          "rejected": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "坏"}]},
+        # UltraFeedback: the conversations repeat the prompt
+        {"prompt": "问", "prompt_id": "x", "messages": "ignored: not a list", "score_chosen": 8.5,
+         "chosen": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
+         "rejected": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "坏"}]},
+        # LLaMA-Factory: Alpaca's keys, and ShareGPT's
+        {"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"},
+        {"conversations": [{"from": "human", "value": "问"}], "chosen": {"from": "gpt", "value": "好"},
+         "rejected": {"from": "gpt", "value": "坏"}},
+        {"conversations": [{"from": "system", "value": " "}, {"from": "human", "value": "问"}],
+         "chosen": {"from": "gpt", "value": "好"}, "rejected": {"from": "gpt", "value": "坏"}},
     ],
 )  # fmt: skip
 def test_every_form_of_a_pair(record):
-    assert pair_of(record, "x:1") == [("问", ("好", True), ("坏", True))]
+    assert pair_of(record, "x:1") == [("", ("问", ("好", True), ("坏", True)))]
+
+
+def test_instruction_and_input_of_a_pair():
+    record = {"instruction": "写一个故事", "input": "词汇：猫", "chosen": "好", "rejected": "坏"}
+    assert pair_of(record, "x:1") == [("", ("写一个故事\n词汇：猫", ("好", True), ("坏", True)))]
 
 
 def test_a_story_that_did_not_end():
     record = {"prompt": "问", "chosen": "好", "rejected": "坏", "rejected_scores": {"finished": 0.0}}
-    assert pair_of(record, "x:1") == [("问", ("好", True), ("坏", False))]
+    assert pair_of(record, "x:1") == [("", ("问", ("好", True), ("坏", False)))]
 
 
 ASK = {"role": "user", "content": "问"}
@@ -186,7 +202,8 @@ GOOD, BAD = ({"role": "assistant", "content": text} for text in "好坏")
         {"chosen": "好", "rejected": "坏"},
         {"prompt": "问", "chosen": 3, "rejected": "坏"},
         {"prompt": "\ud83d", "chosen": "好", "rejected": "坏"},
-        {"prompt": [ASK, GOOD, ASK], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "别的", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        {"prompt": "问", "query": "别的", "chosen": "好", "rejected": "坏"},
         {"chosen": [ASK, GOOD], "rejected": [{"role": "user", "content": "别的"}, BAD]},
         {"chosen": [GOOD, ASK], "rejected": [ASK, BAD]},
         {"chosen": ["问", "好"], "rejected": [ASK, BAD]},
@@ -416,6 +433,41 @@ def test_two_processes_prefer_as_one(preferred, tuned, tiny_sft, tmp_path):
     assert preferring_here(tuned, tiny_sft, tmp_path / "one", **changes).returncode == 0
     for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+UNUSABLE = {
+    "empty": {"prompt": "问", "chosen": " \n", "rejected": "坏"},
+    "the same": {"prompt": "问", "chosen": "好 ", "rejected": "好"},
+    "system prompt": {"prompt": "问", "system": "你是猫", "chosen": "好", "rejected": "坏"},
+    "history": {"prompt": "问", "history": [["早", "好"]], "chosen": "好", "rejected": "坏"},
+    "several turns": {"prompt": [ASK, GOOD, ASK], "chosen": [GOOD], "rejected": [BAD]},
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_unusable_pairs_are_left_out_and_counted(reason, tuned, tiny_sft, tmp_path):
+    """A few among good ones are counted in the report; alone they are refused, and nothing is trained."""
+    file = tmp_path / "pairs.json"
+    good = [{"prompt": f"问{i}", "chosen": "好", "rejected": "坏"} for i in range(8)]
+    file.write_text(json.dumps([*good, UNUSABLE[reason], UNUSABLE[reason]]))
+    done = preferring_here(tuned, tiny_sft, tmp_path / "some", pairs=file, max_iters=1)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "train, " in line]
+    assert "7 train, 1 val pairs" in line and "2 left out (" in line and reason in line
+    file.write_text(json.dumps([UNUSABLE[reason]] * 3))
+    done = preferring_here(tuned, tiny_sft, tmp_path / "none", pairs=file)
+    assert_one_line_error(done, file, "0 pairs", "3 left out", reason)
+    assert not list((tmp_path / "none").glob("ckpt*"))
+
+
+def test_advice_names_what_helps(tuned, tiny_sft, tmp_path):
+    """Too long: raise block_size. One prompt: say so."""
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps([{"prompt": f"问{i}", "chosen": "好" * 30, "rejected": "坏"} for i in range(8)]))
+    done = preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file, block_size=8)
+    assert_one_line_error(done, file, "8 of 8 pairs", "raise block_size")
+    file.write_text(json.dumps([{"prompt": "问", "chosen": f"好{i}", "rejected": "坏"} for i in range(8)]))
+    assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file), file, "the same prompt")
 
 
 # ---------------------------------------------------------------------------------------------------

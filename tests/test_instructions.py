@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import unicodedata
 
 import numpy as np
@@ -33,7 +34,8 @@ LINES = {  # what RECORD asks for, written by hand
 
 
 def examples(record, augment=1, text_key="story_zh"):
-    return examples_of(record, "here", text_key, augment)
+    _, found = examples_of(record, "here", text_key, augment)
+    return found
 
 
 def ordered_lists(lines):
@@ -152,7 +154,7 @@ def test_stories_differ_in_what_is_asked():
 def test_the_same_every_time():
     """In other processes, whatever the hashes of strings are there."""
     code = "import json, sys; from stories.records import examples_of; " \
-           "print(json.dumps(examples_of(json.loads(sys.argv[1]), 'here', 'story_zh', 8)))"  # fmt: skip
+           "print(json.dumps(examples_of(json.loads(sys.argv[1]), 'here', 'story_zh', 8)[1]))"  # fmt: skip
     for record in (RECORD, without(RECORD, "sentence_zh"), {"input": "\n".join(sorted(LINES)), "output": STORY}):
         expected = [list(pair) for pair in examples(record, 8)]
         for seed in ("0", "1"):
@@ -201,7 +203,7 @@ def test_other_text_keys_do_not_make_the_story_its_own_summary():
         "只有一个故事，没有别的可说。",
         {"story_zh": "短。"},
         {"story_zh": "短。", "instruction": {}, "summary_zh": "", "sentence_zh": None},
-        {"story_zh": "短。", "instruction": "text", "summary_zh": 3, "sentence_zh": ["x"]},
+        {"story_zh": "短。", "instruction": ["text"], "summary_zh": 3, "sentence_zh": ["x"]},
         {"story_zh": "短。", "instruction": {"words": "text", "features": []}, "summary_zh": " \n"},
         {"story_zh": "短。", "instruction": {"words": ["", " ", "，"], "features": [","]}},
     ],
@@ -280,7 +282,10 @@ def test_never_an_empty_instruction(record, augment):
     assert 1 <= len(found) <= augment and len(set(found)) == len(found)
     for asked, told in found:
         assert told == record["story_zh"]
-        assert read_constraints(asked), asked
+        if isinstance(record.get("instruction"), str) and record["instruction"].strip():
+            assert asked == record["instruction"] or read_constraints(asked)  # the user's own
+        else:
+            assert read_constraints(asked), asked
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -515,7 +520,7 @@ def test_bad_task(refused):
     [
         ({"story_zh": "短。"}, ["instruction", "words", "summary"]),
         ("只有一个故事，没有别的。", ["instruction", "words", "summary"]),
-        ({"instruction": "写", "input": "关于狗"}, ["story_zh"]),
+        ({"instruction": "写", "input": "关于狗"}, ["'instruction'", "no response"]),
         ({}, ["story_zh"]),
         ([1], ["list"]),
         (7, ["int"]),
@@ -537,10 +542,92 @@ def test_records_of_a_list_that_cannot_serve(refused):
     refused([RECORD, RECORD, {"story_zh": "短。"}], "a.json, element 3", "words", name="a.json")
 
 
-@pytest.mark.parametrize("record", [{"output": "好"}, {"instruction": " ", "input": "\n", "output": "好"}])
-def test_nothing_is_asked(record, refused):
-    """An answer without a question is dropped as empty; if there is nothing else, that is said."""
-    refused([record], "no stories found")
+def test_nothing_is_asked(refused):
+    """An answer to an empty question is dropped as empty; if there is nothing else, that is said."""
+    refused([{"instruction": " ", "input": "\n", "output": "好"}], "no stories found", "1 empty")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The forms that other people's instructions have
+
+FORMS = {
+    "instruction/output": {"instruction": "写", "output": "好"},
+    "instruction/input/output": {"instruction": "写", "input": "猫", "output": "好"},
+    "prompt/completion": {"prompt": "写", "completion": "好"},
+    "prompt/response": {"prompt": "写", "response": "好"},
+    "instruction/response": {"instruction": "写", "response": "好", "id": 3},
+    "query/answer": {"query": "写", "answer": "好"},
+    "question/answer": {"question": "写", "answer": "好"},
+    "messages": {"messages": [{"role": "user", "content": "写"}, {"role": "assistant", "content": "好"}]},
+    "conversations": {"conversations": [{"from": "human", "value": "写"}, {"from": "gpt", "value": "好"}]},
+    "conversations with user": {"conversations": [
+        {"from": "user", "value": "写"}, {"from": "assistant", "value": "好"}]},
+    "empty extras": {"instruction": "写", "input": None, "output": "好", "history": [], "system": " "},
+    "empty system": {"messages": [{"role": "system", "content": ""}, *({"role": r, "content": c} for r, c in
+                     (("user", "写"), ("assistant", "好")))]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("text_key", ["story_zh", "completion", "text"])
+def test_every_form_of_an_instruction(form, text_key):
+    """The prompt is the user's, whatever --text_key says: none is dropped, none is invented."""
+    asked = "写\n猫" if "input/" in form else "写"
+    assert examples(FORMS[form], 8, text_key) == [(asked, "好")]
+
+
+def test_a_story_beside_a_prompt():
+    """--text_key names the story; the instruction stands beside it, and nothing is invented."""
+    assert examples({"instruction": "写", "text": STORY}, 8, "text") == [("写", STORY)]
+
+
+def test_the_report_names_the_forms(tokenizer, tmp_path):
+    records = [{key: f"{value}{i}" if isinstance(value, str) else value for key, value in record.items()}
+               for i in range(10) for record in (FORMS["prompt/completion"], FORMS["query/answer"])]  # fmt: skip
+    done = prepare_sft(tmp_path / "out", tokenizer, write_records(tmp_path / "a.jsonl", records))
+    assert "10 of prompt/completion, 10 of query/answer" in done.stdout
+
+
+IGNORED = [
+    {"prompt": "写", "story_zh": STORY, "output": "好"},  # the prompt of which?
+    {"instruction": "写", "prompt": "画", "response": "好"},
+    {"query": "写", "output": "好"},
+    {"output": "好"},
+    {"instruction": "写", "output": "好", "response": "坏"},
+    {"messages": [], "output": "好"},
+    {"messages": [{"role": "user", "content": "写"}]},
+    {"messages": [{"role": "assistant", "content": "好"}, {"role": "user", "content": "写"}]},
+    {"messages": "写"},
+    {"prompt": "写", "text": STORY},
+]
+
+
+@pytest.mark.parametrize("record", IGNORED, ids=range(len(IGNORED)))
+def test_no_prompt_is_ignored(record, refused):
+    """A record that could only be read by dropping a prompt, or guessing one, is refused, with its keys."""
+    refused([RECORD, record], "a.jsonl:2", *(["'messages'"] if "messages" in record else ["keys here are"])[:1]
+            if len(record.keys() & {"output", "response", "messages"}) < 2 else ["which is the response"])  # fmt: skip
+
+
+HELD_OUT = {
+    "history": {"instruction": "写", "output": "好", "history": [["早", "你好"]]},
+    "system prompt": {"instruction": "写", "output": "好", "system": "你是一只猫"},
+    "several turns": {"messages": [{"role": r, "content": c} for r, c in
+                                   (("user", "写"), ("assistant", "好"), ("user", "再写"), ("assistant", "再好"))]},
+    "turn of 'tool'": {"messages": [{"role": r, "content": "写"} for r in ("user", "tool", "assistant")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", HELD_OUT)
+def test_what_the_template_cannot_hold_is_counted(reason, tokenizer, tmp_path, refused):
+    good = [{"instruction": f"写{i}", "output": f"好{i}"} for i in range(12)]
+    file = write_records(tmp_path / "a.jsonl", [*good, HELD_OUT[reason], HELD_OUT[reason]])
+    done = prepare_sft(tmp_path / "out", tokenizer, file)
+    assert f"2 {reason}" in done.stdout and counted(tmp_path / "out")[reason] == 2
+    found = read_pairs(tmp_path / "out")
+    assert sorted(found["train"] + found["val"]) == sorted((r["instruction"], r["output"]) for r in good)
+    shutil.rmtree(tmp_path / "out")
+    refused([*good[:2], *[HELD_OUT[reason]] * 3], "more than half", f"3 {reason}")
 
 
 def test_tokenizer_without_any_control_token(tokenizer, refused, tmp_path_factory):
