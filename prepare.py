@@ -46,6 +46,7 @@ from stories.read import LONGEST, describe_texts, find_inputs, items_of, read_bl
 from stories.records import LeftOut, examples_of, story_of
 
 SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
+CORES = min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--allow_lossy_tokenizer", action="store_true", help="even if it changes over 1%% of the texts")
     parser.add_argument("--val_fraction", type=float, default=0.01, help="share of the stories held out")
     parser.add_argument("--text_key", help="where a record has its story (default: story_zh)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, default=CORES, help="processes (default: one for each core)")
     args = parser.parse_args()
     if not 263 <= args.vocab_size <= 65536:
         raise UserError(f"--vocab_size {args.vocab_size}: must lie between 263 (every byte) and 65536 (uint16)")

@@ -495,10 +495,31 @@ def set_up(s: LoopSettings, train_data, val_data) -> tuple[torch.device, torch.d
 
 def restore(s: LoopSettings, state: TrainState, metadata: dict) -> None:
     """Continue from the newest checkpoint in out_dir, if there is one. Raises UserError."""
-    for unfinished in Path(s.out_dir).glob("ckpt_*.pt.tmp") if process_rank() == 0 else ():
+    out_dir, main_process = Path(s.out_dir), process_rank() == 0
+    for unfinished in out_dir.glob("ckpt_*.pt.tmp") if main_process else ():
         unfinished.unlink()
     if saved := checkpoint_to_resume(s, state.model, metadata):
-        state.load_state_dict(saved, Path(s.out_dir))
+        state.load_state_dict(saved, out_dir)
+        if main_process:
+            print_changes(s, saved)
+    elif s.resume and main_process:
+        runs = [str(p) for p in sorted(out_dir.absolute().parent.glob("*")) if p != out_dir and find_checkpoints(p)]
+        nearby = f"; runs beside it: {', '.join(os.path.relpath(p) for p in runs[:8])}" if runs else ""
+        print(f"resume = True, but {out_dir} holds no run: this starts a new one{nearby}")
+
+
+def print_changes(s: LoopSettings, saved: dict) -> None:
+    """Say which settings of the learning rate differ from those of the resumed checkpoint, and what that does."""
+    names = ("max_iters", "learning_rate", "min_lr", "warmup_iters", "schedule", "cooldown")
+    then = {name: saved["settings"].get(name, getattr(s, name)) for name in names}
+    changed = [f"{name} from {then[name]} to {getattr(s, name)}" for name in names if then[name] != getattr(s, name)]
+    step = saved["step"]
+    if changed and step < s.max_iters:
+        before = learning_rate_at(step, dataclasses.replace(s, **then))
+        now = learning_rate_at(step, s)
+        print(f"changed {', '.join(changed)}: the learning rate of the next step is {now:.2g} instead of {before:.2g}")
+    if step >= s.max_iters:
+        print(f"max_iters = {s.max_iters:,}: this run is at step {step:,} already; there is nothing left to train")
 
 
 def print_plan(s: LoopSettings, state: TrainState, n_sequences: int, device, dtype) -> None:

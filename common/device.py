@@ -5,13 +5,13 @@ import ctypes
 import datetime
 import math
 import os
-import resource
 import shutil
 import sys
 import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,12 @@ import torch.distributed as dist
 from common.files import locked
 from common.settings import UserError
 from model import GPT, LOGITS_PER_CHUNK
+
+resource: Any
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a process waits this long for the others
 
@@ -81,10 +87,12 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak memory so far, in bytes: of the GPU if there is one, else of the process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory so far, in bytes: of the GPU if there is one, else of the process; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -97,6 +105,9 @@ def compile_model(model: Callable, device: torch.device, mode: str | None = None
             "no C++ compiler found, or Python's headers are missing: continuing without torch.compile, which is slower "
             "(try: apt install g++ python3-dev)"
         )
+        return model
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        print("this GPU is too old for torch.compile (compute capability below 7.0): continuing without it")
         return model
     if device.type == "cpu":
         from torch._inductor import config as compiler_config  # imported here: it takes as long as PyTorch itself

@@ -29,11 +29,11 @@ def shared():
     return SHARED
 
 
-def run_script(*args, check=True, timeout=300, **env):
+def run_script(*args, check=True, timeout=300, text=True, **env):
     """Run `python ARGS` in the repository's root as a user would; return the finished process."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=text, timeout=timeout, env=env)
     if check:
         assert done.returncode == 0, done.stderr + done.stdout
     return done

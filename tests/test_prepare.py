@@ -187,6 +187,122 @@ def test_text_one_a_line(tmp_path, tokenizer, start, ends):
     assert_holds(tmp_path / "out", ONE_LINE)
 
 
+def as_parquet(stories):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = io.BytesIO()
+    table = pyarrow.table({"number": list(range(len(stories))), "story_zh": list(stories)})
+    parquet.write_table(table, out, row_group_size=7)
+    return out.getvalue()
+
+
+def as_zst(data):
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    half = len(data) // 2  # two frames: the end of the first is not the end of the file
+    return b"".join(zstandard.ZstdCompressor().compress(part) for part in (data[:half], data[half:]))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET", "a.jsonl.zst", "marked.txt.zst", "a.csv.ZST", "A.JSONL.GZ",
+                                  "a.Json", "all.tar.zst", "all.TGZ"])  # fmt: skip
+def test_packages_and_suffixes_in_any_case(base, tmp_path, name):
+    """Parquet, zst, and suffixes in capitals give the bins of the .jsonl file."""
+    kind = name.lower()
+    data = as_parquet(STORIES) if ".parquet" in kind else FORMATS.get(kind.partition(".zst")[0], jsonl)(STORIES)
+    if "json" in kind and "jsonl" not in kind:
+        data = FORMATS["a.json"](STORIES)
+    if kind.startswith("all"):
+        data = as_tar({"x/A.JSONL": data, "x/._A.JSONL": b"\0\5\x16\7"})
+    data = as_zst(data) if kind.endswith(".zst") else gzip.compress(data) if kind.endswith(("gz", "tgz")) else data
+    write(tmp_path / name, data)
+    make(tmp_path / "out", tmp_path / name)
+    for file in ("train.bin", "val.bin", "tokenizer.model"):
+        assert files_of(tmp_path / "out")[file] == files_of(base)[file], file
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "all.tar.zst"])
+@pytest.mark.parametrize("how", ["cut", "other"])
+def test_damaged_packages(base, tmp_path, name, how):
+    data = as_parquet(STORIES) if "parquet" in name else as_zst(jsonl(STORIES))
+    write(tmp_path / name, data[: len(data) * 2 // 3] if how == "cut" else b"no such format at all" * 9)
+    done = run_script("prepare.py", tmp_path / name, "--out_dir", tmp_path / "out", "--vocab_size", 600, check=False)
+    assert_one_line_error(done, tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(tmp_path):
+    """Without pyarrow and zstandard their files are refused by name, not skipped; also beside others."""
+    write(tmp_path / "in" / "ok.jsonl", jsonl(STORIES))
+    code = "import sys; sys.modules.update(pyarrow=None, zstandard=None); " \
+           "import importlib.util as u; find = u.find_spec; " \
+           "u.find_spec = lambda name: None if name in ('pyarrow', 'zstandard') else find(name); " \
+           "import prepare; prepare.run(prepare.main)"  # fmt: skip
+    for name, package in (("more.parquet", "pyarrow"), ("more.jsonl.zst", "zstandard")):
+        if package == "zstandard" and sys.version_info >= (3, 14):
+            continue
+        write(tmp_path / "in" / name, b"anything")
+        done = run_script("-c", code, tmp_path / "in", "--out_dir", tmp_path / "out", check=False)
+        assert_one_line_error(done, name, f"pip install {package}")
+        (tmp_path / "in" / name).unlink()
+
+
+def test_what_is_not_read_is_named(base, tmp_path):
+    """Hidden files, metadata, folders of prepare.py and unknown kinds are skipped, and named."""
+    write(tmp_path / "in" / "ok.JSONL", jsonl(STORIES))
+    for name in ("._ok.jsonl", ".DS_Store", "dataset_infos.json", "notes.md", ".cache/x.jsonl"):
+        write(tmp_path / "in" / name, b"\0\1\2")
+    shutil.copytree(base, tmp_path / "in" / "prepared")
+    for i, way in enumerate((tmp_path / "in", f"{tmp_path}/in/**", f"{tmp_path}/in/*")):
+        done = make(tmp_path / f"out{i}", way)
+        assert_holds(tmp_path / f"out{i}", STORIES)
+        named = ("notes.md", "dataset_infos.json") + ("prepared/meta.json",) * (i < 2) + ("._ok.jsonl",) * (i == 0)
+        for name in named:
+            assert name in done.stderr, done.stderr
+    (tmp_path / "in" / "ok.JSONL").unlink()
+    done = run_script("prepare.py", tmp_path / "in", "--out_dir", tmp_path / "no", check=False)
+    assert_one_line_error(done, tmp_path / "in", "notes.md")
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_text_of_several_lines(base, tmp_path, ends, start):
+    """Stories of one to four lines with empty lines between: as many as there are; the report shows how it was cut."""
+    texts = [ends.join(f"第{i}天，第{k}行。" for k in range(1 + i % 4)) for i in range(40)]
+    file = write(tmp_path / "a.txt", start + (ends * 2).join(texts).encode())
+    done = make(tmp_path / "out", file, tokenizer=base / "tokenizer.model")
+    assert_holds(tmp_path / "out", list(map(reference_clean, texts)))
+    assert "separated by empty lines" in done.stdout and "第0天，第0行。" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "marked.txt"])
+def test_lines_that_end_in_cr_alone(base, tmp_path, name):
+    texts = [s.replace("\n", " ") for s in STORIES]
+    data = {"a.txt": "\r".join(texts).encode(), "marked.txt": f"\r{END}\r".join(texts).encode(),
+            "a.jsonl": jsonl(texts, ensure_ascii=False).replace(b"\n", b"\r")}[name]  # fmt: skip
+    done = make(tmp_path / "out", write(tmp_path / name, data), tokenizer=base / "tokenizer.model")
+    assert_holds(tmp_path / "out", texts)
+    assert "one a line" in done.stdout or name != "a.txt"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "marked.txt", "a.jsonl"])
+def test_joined_files_with_a_bom_inside(base, tmp_path, name):
+    """cat a.txt b.txt, both with a byte order mark: it becomes no part of a story."""
+    mark, half = b"\xef\xbb\xbf", len(ONE_LINE) // 2
+    form = {"a.txt": lambda s: "".join(f"{t}\n" for t in s),
+            "marked.txt": lambda s: "".join(f"{t}\n{END}\n" for t in s),
+            "a.jsonl": lambda s: jsonl(s, ensure_ascii=False).decode()}[name]  # fmt: skip
+    data = b"".join(mark + form(part).encode() for part in (ONE_LINE[:half], ONE_LINE[half:]))
+    make(tmp_path / "out", write(tmp_path / name, data), tokenizer=base / "tokenizer.model")
+    assert_holds(tmp_path / "out", ONE_LINE)
+
+
+def test_a_marker_that_comes_late(tmp_path, monkeypatch):
+    """After a MiB without one, a marker means two kinds of files in one: refused, with its line."""
+    monkeypatch.setattr(stories.read, "BLOCK", 64)
+    file = write(tmp_path / "a.txt", b"one\n" * 40 + b"two\nlines\n<|endoftext|>\nthree")
+    with pytest.raises(UserError, match=re.escape(f"{file}:43: the first {END}")):
+        read_texts(file)
+
+
 def test_every_way_to_name_inputs(base, tmp_path):
     """Archives, folders, globs and mixes of them give the stories of the one file."""
     parts = [STORIES[i::4] for i in range(4)]
@@ -451,6 +567,53 @@ def test_chatglm_tokenizer(shared, tmp_path):
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 64789
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (shared / "chatglm_tokenizer.model").read_bytes()
     assert "training" not in done.stdout
+
+
+@pytest.fixture(scope="session")
+def nmt_tokenizer(tmp_path_factory):
+    """A tokenizer with SentencePiece's own settings, as many are: it normalizes (nmt_nfkc) and has no bytes."""
+    path = tmp_path_factory.mktemp("nmt") / "nmt.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"第{i}天，小狗走了。小猫、小熊和小鸟也走了！" for i in range(50)]),
+        model_prefix=str(path.with_suffix("")), vocab_size=80, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_a_tokenizer_that_changes_the_text(nmt_tokenizer, tmp_path, task):
+    """Refused with a share and an example; with a flag accepted, and the report still says it."""
+    texts = [f"第{i}天，小狗走了。" for i in range(60)]
+    records = [{"story_zh": t, "summary_zh": "小狗走了"} for t in texts]
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+    command = ["prepare.py", file, "--out_dir", tmp_path / "out", "--tokenizer", nmt_tokenizer, "--val_fraction", 0.2,
+               "--task", task]  # fmt: skip
+    done = run_script(*command, check=False)
+    example = "'第0天，小狗走了。' becomes '第0天,小狗走了。'" if task == "pretrain" else "'摘要：小狗走了' becomes"
+    assert_one_line_error(done, nmt_tokenizer, example, "(100.00%)", "--allow_lossy_tokenizer")
+    assert not (tmp_path / "out").exists()
+    done = run_script(*command, "--allow_lossy_tokenizer")
+    assert f"changes {120 if task == 'sft' else 60} of" in done.stdout and "unknown tokens" in done.stdout
+
+
+def test_a_few_changed_texts_are_reported(nmt_tokenizer, tmp_path):
+    """Up to 1% pass: one of 200 texts with a character that the tokenizer does not know."""
+    texts = [f"第{i}天小狗走了。" for i in range(199)] + ["小狗饕走了。"]
+    file = write(tmp_path / "a.jsonl", jsonl(texts))
+    done = run_script("prepare.py", file, "--out_dir", tmp_path / "out", "--tokenizer", nmt_tokenizer,
+                      "--val_fraction", 0.1)  # fmt: skip
+    assert "changes 1 of 200 texts (0.50%)" in done.stdout and " unknown tokens" in done.stdout and "饕" in done.stdout
+
+
+def test_too_small_a_vocabulary_says_what_is_needed(tmp_path):
+    """The number in the message works."""
+    file = write(tmp_path / "a.jsonl", jsonl(STORIES))
+    command = ["prepare.py", file, "--out_dir", tmp_path / "out", "--val_fraction", 0.2, "--vocab_size"]
+    done = run_script(*command, 270, check=False)
+    assert_one_line_error(done, "--vocab_size 270", "at least")
+    needed = re.search(r"at least (\d+)", done.stderr)[1]
+    assert_one_line_error(run_script(*command, int(needed) - 1, check=False), "at least")
+    run_script(*command, needed)
 
 
 def with_pieces(model, total):
