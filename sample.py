@@ -255,7 +255,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
     if args.prompt_file:
         try:
-            args.prompt = args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
+            args.prompt = args.prompt_file.read_text(encoding="utf-8-sig").rstrip("\n")
         except UnicodeDecodeError as e:
             raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
     return args

@@ -4,6 +4,7 @@ Everything is streamed, so that memory does not grow with the input. A file is r
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import importlib.util
@@ -136,13 +137,37 @@ def read_blocks(files: list[Path], extract, title: str):
                     else:
                         yield from read_stream(stream, name, extract)
                 except UnicodeDecodeError as e:
-                    raise UserError(f"{name}: not UTF-8 ({e.reason}); convert the file first") from None
+                    raise UserError(f"{name}: not UTF-8 ({e.reason}); {encoding_advice(path)}") from None
                 except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as e:
                     raise UserError(f"{name}: damaged or cut off ({e}); fetch it again") from None
                 except Exception as e:
                     if type(e).__name__ not in ("ZstdError", "ArrowInvalid"):  # of packages that may be missing
                         raise
                     raise UserError(f"{name}: damaged or cut off ({str(e).splitlines()[0]}); fetch it again") from None
+
+
+def encoding_advice(path: Path | str) -> str:
+    """How to convert a file that is not UTF-8: to what its first bytes look like."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as f:
+        head = f.read(BLOCK)
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return f"it is UTF-16: iconv -f UTF-16 -t UTF-8 {path}"
+        head.rpartition(b"\n")[0].decode("gb18030")
+        return f"it may be GBK: iconv -f GB18030 -t UTF-8 {path}"
+    return "convert the file first"
+
+
+def check_content(head: bytes, kind: str, name: str) -> None:
+    """Raise a UserError if a file begins as something else than its name says."""
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:64].lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{name}: a pointer of Git LFS and not the file itself; fetch that with git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{name}: a web page and not the file itself; fetch it again")
+    if kind == ".txt" and re.match(rb'\[?\s*\{\s*"[^"\n]*"\s*:', start):
+        raise UserError(f"{name}: holds JSON; name it .jsonl (an object a line) or .json (one list)")
+    if kind == ".jsonl" and re.match(rb"\[\s*(\{|$)", start):
+        raise UserError(f"{name}: holds one JSON list; name it .json")
 
 
 def read_archive(stream, name: str, extract):
@@ -175,6 +200,7 @@ def read_stream(stream, name: str, extract):
     kind, _ = suffixes_of(name)
     if kind in (".jsonl", ".txt"):
         head = stream.read(BLOCK)
+        check_content(head, kind, name)
         newline, separator = separators(head)
         cut = newline if kind == ".jsonl" else separator
         for line, data in split_stream(stream, cut, newline, name, head):
@@ -246,8 +272,10 @@ def read_json(stream, name: str):
     """Stream the elements of one JSON list, so that the file can be larger than memory."""
     reader, decode = codecs.getreader("utf-8-sig")(stream), json.JSONDecoder().raw_decode
     text, line, number = reader.read(BLOCK), 1, 0
+    check_content(text[:64].encode(), ".json", name)
     if not text.lstrip().startswith("["):
-        raise UserError(f"{name}: expected a JSON list, found {text[:20]!r}; JSON lines belong in a .jsonl file")
+        advice = "JSON lines belong in a .jsonl file, a list under a key in one of its own"
+        raise UserError(f"{name}: expected a JSON list, found {text[:20]!r}; {advice}")
     at = text.index("[") + 1
     between = re.compile(r"\s*(]|)\s*"), re.compile(r"\s*(,|])\s*")  # before the first element, and later
     while True:
@@ -280,9 +308,15 @@ def read_csv(stream, name: str):
     csv.field_size_limit(LONGEST)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     # A line that is too long is cut in two, so that csv refuses it.
-    rows = csv.DictReader(iter(lambda: text.readline(LONGEST + 1), ""), strict=True)
+    header = text.readline(LONGEST + 1)
+    check_content(header[:64].encode(), ".csv", name)
+    delimiter = max(",\t;", key=header.count)  # a spreadsheet may write another than the comma
+    lines = itertools.chain([header], iter(lambda: text.readline(LONGEST + 1), ""))
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         for row in rows:
+            if None in row.values():
+                raise UserError(f"{name}:{rows.line_num}: has fewer columns than the first line")
             yield f"{name}:{rows.line_num}", row
     except csv.Error as e:
         raise UserError(f"{name}:{rows.reader.line_num}: malformed CSV ({e})") from None
@@ -291,6 +325,7 @@ def read_csv(stream, name: str):
 def read_parquet(stream, name: str):
     import pyarrow.parquet
 
+    check_content(stream.read(64), ".parquet", name)
     number = 0
     for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1000):
         for record in batch.to_pylist():
@@ -307,7 +342,7 @@ def items_of(block: tuple, extract) -> list:
         text = data.decode()
     except UnicodeDecodeError as e:
         line += data.count(b"\n", 0, e.start)
-        raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert the file first") from None
+        raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); {encoding_advice(name)}") from None
     if kind != "jsonl":
         text = text.removeprefix(BOM).replace(f"\n{BOM}", "\n")  # files that were joined have one inside
         return [item for story in text.split(kind) for item in extract(story, f"{name}:{line}")]

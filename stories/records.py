@@ -33,9 +33,9 @@ def keys_of(record: dict) -> str:
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text at a key; null and a missing key are empty. Raises UserError."""
+    """The text at a key; null, NaN (pandas writes it for null) and a missing key are empty. Raises UserError."""
     value = record.get(key)
-    if value is None:
+    if value is None or value != value:
         return ""
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} is a {type(value).__name__}, not text")
@@ -50,9 +50,7 @@ def story_of(record, where: str, text_key: str) -> str:
         raise UserError(f"{where}: expected an object or a string, found {type(record).__name__}")
     if text_key not in record:
         raise UserError(f"{where}: no key {text_key!r}; the keys here are {keys_of(record)}; choose with --text_key")
-    if not isinstance(record[text_key], str):
-        raise UserError(f"{where}: {text_key!r} is a {type(record[text_key]).__name__}, not text")
-    return record[text_key]
+    return text_of(record, text_key, where)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -82,16 +80,18 @@ def question_and_answer(turns: list[tuple[str, str]], key: str, where: str) -> t
     (turns, roles) = ([t for t in turns if t[0] != "system"], [role for role in roles if role != "system"])
     if unknown := set(roles) - {"user", "assistant"}:
         raise LeftOut(f"turn of {sorted(unknown)[0]!r}")
-    if roles[:2] != ["user", "assistant"]:
+    if "user" not in roles or "assistant" not in roles:
         found = ", ".join(roles) or "nothing"
         raise UserError(f"{where}: {key!r} is not a question and its answer: expected user, assistant; found {found}")
-    if len(roles) > 2:
+    if roles != ["user", "assistant"]:
         raise LeftOut("several turns")
     return turns[0][1], turns[1][1]
 
 
 def refuse_extras(record: dict) -> None:
-    """Raise LeftOut if a record has earlier turns or a system prompt that is not empty."""
+    """Raise LeftOut if a record has earlier turns or a system prompt, or is labelled as bad (KTO's data)."""
+    if record.get("label") is False:
+        raise LeftOut("labelled as false")
     for key in EXTRAS:
         value = record.get(key)
         if value.strip() if isinstance(value, str) else value:

@@ -205,7 +205,7 @@ GOOD, BAD = ({"role": "assistant", "content": text} for text in "好坏")
         {"prompt": "别的", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         {"prompt": "问", "query": "别的", "chosen": "好", "rejected": "坏"},
         {"chosen": [ASK, GOOD], "rejected": [{"role": "user", "content": "别的"}, BAD]},
-        {"chosen": [GOOD, ASK], "rejected": [ASK, BAD]},
+        {"chosen": [GOOD], "rejected": [ASK, BAD]},
         {"chosen": ["问", "好"], "rejected": [ASK, BAD]},
         {"chosen": [ASK, {"role": "assistant"}], "rejected": [ASK, BAD]},
     ],
@@ -440,6 +440,7 @@ UNUSABLE = {
     "the same": {"prompt": "问", "chosen": "好 ", "rejected": "好"},
     "system prompt": {"prompt": "问", "system": "你是猫", "chosen": "好", "rejected": "坏"},
     "history": {"prompt": "问", "history": [["早", "好"]], "chosen": "好", "rejected": "坏"},
+    "several turns ": {"chosen": [GOOD, ASK], "rejected": [ASK, BAD]},
     "several turns": {"prompt": [ASK, GOOD, ASK], "chosen": [GOOD], "rejected": [BAD]},
 }
 
@@ -453,10 +454,10 @@ def test_unusable_pairs_are_left_out_and_counted(reason, tuned, tiny_sft, tmp_pa
     done = preferring_here(tuned, tiny_sft, tmp_path / "some", pairs=file, max_iters=1)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "train, " in line]
-    assert "7 train, 1 val pairs" in line and "2 left out (" in line and reason in line
+    assert "7 train, 1 val pairs" in line and "2 left out (" in line and reason.strip() in line
     file.write_text(json.dumps([UNUSABLE[reason]] * 3))
     done = preferring_here(tuned, tiny_sft, tmp_path / "none", pairs=file)
-    assert_one_line_error(done, file, "0 pairs", "3 left out", reason)
+    assert_one_line_error(done, file, "0 pairs", "3 left out", reason.strip())
     assert not list((tmp_path / "none").glob("ckpt*"))
 
 

@@ -528,10 +528,9 @@ def test_bad_task(refused):
         ({"instruction": "写", "output": 3}, ["'output'", "int"]),
         ({"instruction": ["写"], "output": "好"}, ["'instruction'", "list"]),
         ({"instruction": "写", "input": {"a": 1}, "output": "好"}, ["'input'", "dict"]),
-        ({"instruction": "写", "output": None}, ["'output'", "NoneType"]),
         ({"instruction": {"words": ["狗"]}, "story_zh": 3}, ["'story_zh'", "int"]),
     ],
-    ids=range(12),
+    ids=range(11),
 )
 def test_records_that_cannot_serve(record, words, refused):
     """The second record of a file, named by its line or its number."""
@@ -563,6 +562,8 @@ FORMS = {
     "conversations with user": {"conversations": [
         {"from": "user", "value": "写"}, {"from": "assistant", "value": "好"}]},
     "empty extras": {"instruction": "写", "input": None, "output": "好", "history": [], "system": " "},
+    "pandas": {"instruction": "写", "input": float("nan"), "output": "好", "system": None},
+    "good label": {"prompt": "写", "completion": "好", "label": True},
     "empty system": {"messages": [{"role": "system", "content": ""}, *({"role": r, "content": c} for r, c in
                      (("user", "写"), ("assistant", "好")))]},
 }  # fmt: skip
@@ -596,7 +597,7 @@ IGNORED = [
     {"instruction": "写", "output": "好", "response": "坏"},
     {"messages": [], "output": "好"},
     {"messages": [{"role": "user", "content": "写"}]},
-    {"messages": [{"role": "assistant", "content": "好"}, {"role": "user", "content": "写"}]},
+    {"messages": [{"role": "assistant", "content": "好"}]},
     {"messages": "写"},
     {"prompt": "写", "text": STORY},
 ]
@@ -614,6 +615,7 @@ HELD_OUT = {
     "system prompt": {"instruction": "写", "output": "好", "system": "你是一只猫"},
     "several turns": {"messages": [{"role": r, "content": c} for r, c in
                                    (("user", "写"), ("assistant", "好"), ("user", "再写"), ("assistant", "再好"))]},
+    "labelled as false": {"prompt": "写", "completion": "坏", "label": False},
     "turn of 'tool'": {"messages": [{"role": r, "content": "写"} for r in ("user", "tool", "assistant")]},
 }  # fmt: skip
 
@@ -628,6 +630,16 @@ def test_what_the_template_cannot_hold_is_counted(reason, tokenizer, tmp_path, r
     assert sorted(found["train"] + found["val"]) == sorted((r["instruction"], r["output"]) for r in good)
     shutil.rmtree(tmp_path / "out")
     refused([*good[:2], *[HELD_OUT[reason]] * 3], "more than half", f"3 {reason}")
+
+
+def test_a_conversation_that_the_assistant_begins_is_counted(tokenizer, tmp_path):
+    """As in many of ShareGPT's: left out, not cut."""
+    turns = [{"from": "gpt", "value": "你好"}, {"from": "human", "value": "写"}, {"from": "gpt", "value": "好"}]
+    records = [{"conversations": turns}] + [
+        {"conversations": [turns[1], {"from": "gpt", "value": f"好{i}"}]} for i in range(12)
+    ]
+    prepare_sft(tmp_path / "out", tokenizer, write_records(tmp_path / "a.jsonl", records))
+    assert counted(tmp_path / "out")["several turns"] == 1
 
 
 def test_tokenizer_without_any_control_token(tokenizer, refused, tmp_path_factory):

@@ -295,6 +295,63 @@ def test_joined_files_with_a_bom_inside(base, tmp_path, name):
     assert_holds(tmp_path / "out", ONE_LINE)
 
 
+LISTED = [{"story_zh": s} for s in ONE_LINE]
+NOT_WHAT_THEY_SEEM = {  # name: (bytes, words of the message)
+    "utf16.txt": ("\n".join(ONE_LINE).encode("utf-16"), ["UTF-16", "iconv"]),
+    "gbk.txt": ("\n".join(f"第{i}天，小狗走了。" for i in range(9)).encode("gbk"), ["GBK", "iconv -f GB18030"]),
+    "gbk.json": (json.dumps(["第一天，小狗走了。"], ensure_ascii=False).encode("gbk"), ["GBK"]),
+    "gbk.csv": ("story_zh\n第一天，小狗走了。".encode("gbk"), ["GBK"]),
+    "list.txt": (json.dumps(LISTED, indent=1).encode(), ["holds JSON", ".json"]),
+    "lines.txt": (jsonl(ONE_LINE), ["holds JSON", ".jsonl"]),
+    "list.jsonl": (json.dumps(LISTED, indent=1).encode(), ["one JSON list", ".json"]),
+    "list_in_a_line.jsonl": (json.dumps(LISTED).encode(), ["one JSON list", ".json"]),
+    "lines.json": (jsonl(ONE_LINE), ["expected a JSON list", ".jsonl"]),
+    "wrapped.json": (json.dumps({"data": LISTED}).encode(), ["expected a JSON list", "under a key"]),
+    "page.txt": (b"<!DOCTYPE html>\n<html><body>404</body></html>", ["a web page"]),
+    "page.jsonl": (b"<html><body>404</body></html>", ["a web page"]),
+    "arrow/data-00000-of-00001.arrow": (b"ARROW1", ["can be read", "data-00000-of-00001.arrow"]),
+}  # fmt: skip
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+NOT_WHAT_THEY_SEEM |= {f"pointer.{kind}": (POINTER, ["git lfs pull"]) for kind in ("jsonl", "json", "txt", "csv")}
+
+
+@pytest.mark.parametrize("name", NOT_WHAT_THEY_SEEM)
+def test_files_that_are_not_what_they_seem(tmp_path, name):
+    """Other encodings, JSON under another name, pointers and web pages: refused with what to do, never read as text."""
+    data, words = NOT_WHAT_THEY_SEEM[name]
+    path = write(tmp_path / name, data)
+    path = path if path.parent == tmp_path else path.parent
+    done = run_script("prepare.py", path, "--out_dir", tmp_path / "out", "--vocab_size", 600, check=False)
+    assert_one_line_error(done, path, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ";"])
+def test_other_delimiters_of_csv(base, tmp_path, delimiter):
+    out = io.StringIO()
+    rows = csv.writer(out, delimiter=delimiter)
+    rows.writerow(["number", "story_zh"])
+    rows.writerows(enumerate(STORIES))
+    make(tmp_path / "out", write(tmp_path / "a.csv", out.getvalue().encode()))
+    for file in ("train.bin", "val.bin", "tokenizer.model"):
+        assert files_of(tmp_path / "out")[file] == files_of(base)[file], file
+
+
+def test_null_stories_are_empty(base, tmp_path):
+    """Null and pandas' NaN are counted as empty."""
+    data = jsonl(STORIES) + b'{"story_zh": null}\n{"story_zh": NaN}\n'
+    make(tmp_path / "out", write(tmp_path / "a.jsonl", data), tokenizer=base / "tokenizer.model")
+    assert_holds(tmp_path / "out", STORIES)
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["dropped"]["empty"] == 2
+
+
+def test_one_very_long_story(base, tmp_path):
+    """A novel in one record: 200,000 characters without a line end go through the tokenizer's training."""
+    novel = "".join(random.Random(1).choice("小狗猫兔熊走跑跳飞了到在的一天山水") for _ in range(200_000))
+    make(tmp_path / "out", write(tmp_path / "a.jsonl", jsonl([*STORIES, novel])))
+    assert_holds(tmp_path / "out", [*STORIES, novel])
+
+
 def test_a_marker_that_comes_late(tmp_path, monkeypatch):
     """After a MiB without one, a marker means two kinds of files in one: refused, with its line."""
     monkeypatch.setattr(stories.read, "BLOCK", 64)
@@ -930,9 +987,8 @@ BAD_FILES = {
     "wrong_key.csv": (b"text,title\na,b\n", ["story_zh", "text", "title"]),
     "no_key.jsonl": (b"{}\n", [":1:", "story_zh"]),
     "number.jsonl": (LINES[0] + b'{"story_zh": 3}\n', [":2:", "story_zh"]),
-    "null.jsonl": (LINES[0] * 2 + b'{"story_zh": null}\n', [":3:", "story_zh"]),
     "list.json": (b'[{"story_zh": ["a"]}]', ["1", "story_zh"]),
-    "short_row.csv": (b"title,story_zh\na,one\nb\n", [":3", "story_zh"]),
+    "short_row.csv": (b"title,story_zh\na,one\nb\n", [":3", "fewer columns"]),
     "no_record.jsonl": (LINES[0] + b"[1]\n", [":2:"]),
     "no_record.json": (b'["a", 17]', ["2"]),
     "quotes.csv": (b'story_zh\none\n"two" or three\n', [":3:", "CSV"]),

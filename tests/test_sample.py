@@ -150,6 +150,8 @@ def test_prompt_file(ckpt, tmp_path):
     told = stories(*args, "--prompt_file", tmp_path / "prompt.txt")
     assert told == stories(*args, "--prompt", "从前，有一只🐰。\n它说：")
     assert told.startswith("从前，有一只🐰。\n它说：")
+    (tmp_path / "bom.txt").write_text("从前，有一只🐰。\n它说：\n", encoding="utf-8-sig")
+    assert stories(*args, "--prompt_file", tmp_path / "bom.txt") == told
 
 
 def test_interactive(ckpt):

@@ -629,6 +629,31 @@ def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
     assert read_checkpoint(tmp_path / "out")["step"] == 1
 
 
+def test_a_mistyped_out_dir_is_said_aloud(adamw, tiny_data, tmp_path):
+    """--resume=True where no run is: it starts one, and says so, and which runs are beside it."""
+    stopped_at(adamw.out, tmp_path / "story", 8)
+    done = run_here(*arguments(tiny_data, tmp_path / "storry", max_iters=1, resume=True))
+    (line,) = [line for line in done.stdout.splitlines() if "holds no run" in line]
+    assert str(tmp_path / "storry") in line and line.rstrip().endswith(f"{os.sep}story")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_what_other_settings_do_to_the_learning_rate_is_said(schedule, adamw, tmp_path):
+    """More steps at a resume: one line with the old and the new learning rate, which is that of the next step."""
+    out = tmp_path / "out"
+    stopped_at(adamw.out, out, 8)
+    done = run_here(*arguments(adamw.data, out, **adamw.changes | {"max_iters": 40, "schedule": schedule}, resume=True))
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("changed ")]
+    assert "max_iters from 12 to 40" in line and ("schedule from" in line) == (schedule != "linear")
+    new, old = map(float, re.search(r"is ([0-9.e-]+) instead of ([0-9.e-]+)", line).groups())
+    next_line = next(line for line in metrics_of(out) if line["step"] > 8 and "learning_rate" in line)
+    assert next_line["step"] == 10 and new > 1.1 * old
+    s = train.Settings(**read_checkpoint(out)["settings"])
+    assert new == float(f"{train.learning_rate_at(8, s):.2g}")
+    again = run_here(*arguments(adamw.data, out, **adamw.changes | {"max_iters": 4}, resume=True))
+    assert "at step 40 already" in again.stdout and again.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     {
@@ -959,6 +984,15 @@ def test_bins_that_cannot_be(name, spoilt):
 
 def test_block_size_longer_than_the_data(spoilt):
     spoilt(".bin", "block_size", "1000000", block_size=1_000_000)
+
+
+def test_a_validation_split_too_short_for_a_sequence(tiny_data, tmp_path):
+    """The advice names what changes it: the share held out, not only block_size."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data, folder)
+    np.fromfile(folder / "val.bin", dtype="<u2")[:20].tofile(folder / "val.bin")
+    reseal(folder)
+    assert_one_line_error(run_here(*arguments(folder, tmp_path / "out")), "val.bin", "block_size", "--val_fraction")
 
 
 def test_shapes_that_cannot_be(spoilt):
