@@ -3,6 +3,7 @@
     python sample.py --ckpt out/demo
     python sample.py --ckpt out/demo --prompt 从前 --num 5 --temperature 1.0
     python sample.py --ckpt out/demo_sft --words 铲子,草地 --features 转折
+    python sample.py --ckpt out/demo_sft --words 铲子,草地 --best_of 8          of eight stories the best
     python sample.py --ckpt out/demo_sft --interactive
 
 All stories are decoded as one batch with a KV cache; the first one streams to the terminal.
@@ -12,6 +13,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from common.settings import Parser, UserError, run
 from common.tokenizer import clean, load_tokenizer, template_tokens
 from model import GPT
 from stories.constraints import NAMES, read_constraints, write_constraints
-from stories.rewards import score
+from stories.rewards import can_choose, findings, reward, score
 
 CACHE_STEP = 64  # the KV cache grows by this many positions: seldom copied, and little of it is empty
 
@@ -165,15 +167,18 @@ def story_start(tokenizer, prompt: list[int]) -> int:
     return 1 + max(i for i, token in enumerate(prompt) if tokenizer.is_control(token))
 
 
+def check_length(model: GPT, prompt: list[int]) -> None:
+    if len(prompt) >= model.config.block_size:
+        most = model.config.block_size - 1
+        raise UserError(f"the prompt has {len(prompt):,} tokens, the model reads at most {most:,}")
+
+
 def generate_text(model, tokenizer, prompt: list[int], num: int, write=None, **options) -> list[str]:
     """`num` stories that continue the tokens of `prompt`, with the beginning that the prompt gives them.
 
     The first story is passed to `write` piece by piece as it is generated. Raises UserError.
     """
-    if len(prompt) >= model.config.block_size:
-        raise UserError(
-            f"the prompt has {len(prompt):,} tokens, the model reads at most {model.config.block_size - 1:,}"
-        )
+    check_length(model, prompt)
     stories = [prompt[story_start(tokenizer, prompt) :] for _ in range(num)]
     written = 0
     for tokens in generate(model, [prompt] * num, end_token=tokenizer.eos_id(), **options):
@@ -193,15 +198,36 @@ def generate_text(model, tokenizer, prompt: list[int], num: int, write=None, **o
 
 
 def sample_and_score(model, tokenizer, prompts: list[list[int]], **options) -> list[tuple[str, dict[str, float]]]:
-    """One story for each prompt, all as one batch, and its scores (see stories/rewards.py)."""
+    """One story for each prompt, with the beginning that the prompt gives it, and its scores (stories/rewards.py).
+
+    All are generated as one batch.
+    """
     end, scored = tokenizer.eos_id(), []
     steps = (tokens.tolist() for tokens in generate(model, prompts, end_token=end, **options))
     for prompt, tokens in zip(prompts, zip(*steps, strict=True), strict=True):
         finished = end in tokens
-        story = tokenizer.decode(list(tokens[: tokens.index(end)] if finished else tokens))
+        new = list(tokens[: tokens.index(end)] if finished else tokens)
+        story = tokenizer.decode(prompt[story_start(tokenizer, prompt) :] + new)
         constraints = read_constraints(tokenizer.decode(prompt))
         scored.append((story, score(constraints, story) | {"finished": float(finished)}))
     return scored
+
+
+def check_memory(model: GPT, n_stories: int, option: str) -> None:
+    """Raise a UserError if the KV cache and the logits of a batch would not fit into the free memory."""
+    weight, c = model.embedding.weight, model.config
+    cache = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * weight.element_size()
+    story = 2 * cache + 8 * c.vocab_size * weight.element_size()  # a cache that grows is there twice for a moment
+    if weight.is_cuda:
+        free, _ = torch.cuda.mem_get_info(weight.device)
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if n_stories * story > free:
+        gib = 2**30
+        needed = f"{n_stories * story / gib:,.1f} GiB for a batch of {n_stories:,} stories, {free / gib:,.1f} are free"
+        raise UserError(f"{option}: needs {needed}; at most {free // story:,} fit")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -241,13 +267,15 @@ def parse_arguments() -> argparse.Namespace:
     for name, key in NAMES.items():
         parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}")
     parser.add_argument("--instruction", default="", help="an instruction in your own words, instead of these")
-    parser.add_argument("--num", type=int, default=3, help="stories to sample")
+    parser.add_argument("--num", type=int, help="stories to sample (default: 3; with --best_of 1)")
+    parser.add_argument("--best_of", type=int, default=1, metavar="N", help="sample N for each story, show the best")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--interactive", action="store_true", help="ask again and again; Enter skips, Ctrl-D ends")
     args = parser.parse_args()
-    for key in ("num", "max_new_tokens"):
+    args.num = args.num if args.num is not None else 3 if args.best_of == 1 else 1
+    for key in ("num", "best_of", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     args.instruction = args.instruction or write_constraints({name: getattr(args, key) for name, key in NAMES.items()})
@@ -259,6 +287,18 @@ def parse_arguments() -> argparse.Namespace:
         except UnicodeDecodeError as e:
             raise UserError(f"{args.prompt_file}: not UTF-8 at byte {e.start}") from None
     return args
+
+
+def described(found: dict) -> str:
+    """The findings of a story in a line."""
+    parts = []
+    if "missing" in found:
+        parts.append(f"words missing: {'，'.join(found['missing'])}" if found["missing"] else "all words")
+    if "sentence" in found:
+        parts.append({"exact": "the sentence", "nearly": "nearly the sentence"}.get(found["sentence"], "no sentence"))
+    if "dialogue" in found:
+        parts.append("dialogue" if found["dialogue"] else "no dialogue")
+    return ", ".join(parts)
 
 
 def ask(names: list[str]):
@@ -288,8 +328,24 @@ def main() -> None:
     if args.instruction and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
 
+    def print_best(instruction: str, prompt: list[int]) -> None:
+        check_length(model, prompt)
+        check_memory(model, args.best_of, f"--best_of {args.best_of}")
+        constraints = read_constraints(instruction)
+        if not can_choose(constraints):
+            known = "--words, --sentence or --features 对话"
+            raise UserError(f"--best_of {args.best_of}: nothing to choose by; it counts what {known} ask for")
+        for i in range(args.num):
+            seeded = options | {"seed": options["seed"] + i}
+            stories = sample_and_score(model, tokenizer, [prompt] * args.best_of, **seeded)
+            story, _ = max(stories, key=lambda found: reward(found[1]))
+            print(("---\n" if i else "") + story, flush=True)
+            print(f"(best of {args.best_of}: {described(findings(constraints, story))})", file=sys.stderr)
+
     def print_stories(instruction: str, beginning: str) -> None:
         prompt = encode_prompt(tokenizer, template, instruction, beginning)
+        if args.best_of > 1:
+            return print_best(instruction, prompt)
         write = functools.partial(print, end="", flush=True)
         stories = generate_text(model, tokenizer, prompt, args.num, write, **options)
         for story in stories[1:]:

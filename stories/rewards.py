@@ -56,11 +56,30 @@ def average(scores: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(column) / len(column) for name, column in values.items()}
 
 
-def reward(scores: dict[str, float], reference: dict[str, float]) -> float:
+REQUIRED = ("words", "words_all", "sentence_exact", "sentence_lcs80", "dialogue")  # scores of what was asked for
+
+
+def reward(scores: dict[str, float], reference: dict[str, float] | None = None) -> float:
     """One number for a story's scores: the sum of what was asked for and is there (words as the share present), and
-    one point each for reaching the end, for repeating itself hardly more than the reference, and for being half to
-    twice as long as the reference."""
-    names = ("words", "words_all", "sentence_exact", "sentence_lcs80", "dialogue", "finished")
-    fitting = 0.5 <= scores["length"] / max(1, reference["length"]) <= 2
-    steady = scores["repeat_4gram"] <= reference["repeat_4gram"] + 0.05
-    return sum(scores.get(name, 0.0) for name in names) + fitting + steady
+    one point each for reaching the end and for repeating itself hardly more than the reference, or than 5% if there
+    is none; and with a reference one for being half to twice as long."""
+    fitting = reference is None or 0.5 <= scores["length"] / max(1, reference["length"]) <= 2
+    steady = scores["repeat_4gram"] <= (reference["repeat_4gram"] if reference else 0) + 0.05
+    return sum(scores.get(name, 0.0) for name in (*REQUIRED, "finished")) + fitting + steady
+
+
+def can_choose(constraints: dict[str, str] | None) -> bool:
+    """Whether an instruction asks for something that these rules can find in a story."""
+    return any(name in score(constraints, "") for name in REQUIRED)
+
+
+def findings(constraints: dict[str, str] | None, story: str) -> dict:
+    """What a story has of what was asked for: "missing" words, the "sentence" (exact, nearly, missing), "dialogue"."""
+    scores, found = score(constraints, story), dict[str, object]()
+    if words := split_list((constraints or {}).get("词汇", "")):
+        found["missing"] = [word for word in words if word not in story]
+    if "sentence_exact" in scores:
+        found["sentence"] = "exact" if scores["sentence_exact"] else "nearly" if scores["sentence_lcs80"] else "missing"
+    if "dialogue" in scores:
+        found["dialogue"] = bool(scores["dialogue"])
+    return found

@@ -221,7 +221,8 @@ def test_figures_by_hand(spoilt, tuned, tmp_path):
         reseal(spoilt)
         figures = figures_of(tmp_path / "figures.json", "--ckpt", path, "--data", spoilt, "--temperature", 0)
         assert {name: figures.get(name) for name in expected} == pytest.approx(expected)
-        assert figures.keys() - expected.keys() <= {"bits_per_char", "sentence_lcs80", "reference_repeat_4gram"}
+        others = {"bits_per_char", "sentence_lcs80", "reference_repeat_4gram", "consistent", "reference_consistent"}
+        assert figures.keys() - expected.keys() <= others
         scored |= expected.keys()
     assert {"words_all", "sentence_exact", "dialogue"} <= scored
 
@@ -232,6 +233,15 @@ def test_figures_do_not_depend_on_how_many_stories_are_told_at_once(tuned, tiny_
     one, three, all_ = (figures_of(tmp_path / "a.json", *args, "--batch_size", size) for size in (1, 3, 50))
     assert one["examples"] > 4
     assert three == pytest.approx(one) and all_ == pytest.approx(one)
+
+
+def test_the_best_of_several(tuned, tiny_sft, tmp_path):
+    """Of the same samples the best has at least as many words as a single one; the heading says how many."""
+    args = ("--ckpt", tuned, "--data", tiny_sft, "--num", 20)
+    one, best = (figures_of(tmp_path / "a.json", *args, "--best_of", n, "--batch_size", 8 * n) for n in (1, 8))
+    assert best["words"] > one["words"] and best["words_all"] >= one["words_all"] and best["examples"] == 20
+    assert "best of 8" in eval_here(*args, "--num", 2, "--best_of", 8).stdout
+    assert_one_line_error(eval_here(*args, "--best_of", 0), "--best_of 0")
 
 
 def test_two_checkpoints_side_by_side(tuned, tiny_sft, tmp_path):

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 import sample
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
+from common.tokenizer import load_tokenizer
 from model import GPT, ModelConfig
 from sample import generate_text
+from stories.constraints import write_constraints
+from stories.rewards import reward
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,45 @@ def test_spellings_of_control_tokens_stay_text(prompt, ckpt, loaded):
 def test_prompts_are_cleaned_as_stories_are(ckpt):
     args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 20)
     assert stories(*args, "--prompt", " 从前\r\n有e\u0301 ") == stories(*args, "--prompt", "从前\n有é")
+
+
+def test_best_of(tuned):
+    """The best of the batch by the rules of the evaluation, said on stderr; again the same with the same seed."""
+    args = ("--ckpt", tuned, "--words", "森林,小鸟", "--features", "对话", "--best_of", 6, "--seed", 3)
+    done = sample_here(*args)
+    checkpoint = read_checkpoint(tuned)
+    model, tokenizer = build_model(checkpoint, tuned).eval(), load_tokenizer(checkpoint["tokenizer"], tuned)
+    asked = {"词汇": "森林，小鸟", "特点": "对话"}
+    prompt = sample.encode_prompt(tokenizer, checkpoint["template"], write_constraints(asked), "")
+    stories_ = sample.sample_and_score(model, tokenizer, [prompt] * 6, seed=3, max_new_tokens=300)
+    rewards = [reward(scores) for _, scores in stories_]
+    assert done.stdout.removesuffix("\n") == stories_[rewards.index(max(rewards))][0] and min(rewards) < max(rewards)
+    assert done.stderr.startswith("(best of 6: ")
+    words = [w for w in ("森林", "小鸟") if w not in done.stdout]
+    assert ("all words" if not words else f"words missing: {'，'.join(words)}") in done.stderr
+    assert sample_here(*args).stdout == done.stdout
+    two = sample_here(*args, "--num", 2)
+    assert two.stdout.startswith(done.stdout + "---\n") and two.stderr.count("best of 6") == 2
+
+
+def test_best_of_keeps_the_beginning(tuned):
+    done = sample_here("--ckpt", tuned, "--words", "森林", "--prompt", "从前，森林里", "--best_of", 3)
+    assert done.stdout.startswith("从前，森林里") and "all words" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--words", "森林", "--best_of", 0), ["--best_of 0", "at least 1"]),
+        (("--best_of", 4), ["--best_of 4", "nothing to choose by"]),
+        (("--summary", "小猴捞月亮。", "--best_of", 4), ["nothing to choose by"]),
+        (("--instruction", "讲个故事", "--best_of", 4), ["nothing to choose by"]),
+        (("--words", "森林" * 400, "--best_of", 4), ["tokens", "at most"]),
+        (("--words", "森林", "--best_of", 10**9), ["--best_of 1000000000", "GiB", "fit"]),
+    ],
+)
+def test_best_of_that_cannot_be(options, words, tuned):
+    assert_one_line_error(sample_here("--ckpt", tuned, *options), *words)
 
 
 def test_prompt_file(ckpt, tmp_path):

@@ -2,6 +2,7 @@
 
     python -m tools.eval --ckpt out/demo_sft
     python -m tools.eval --ckpt out/demo --ckpt out/demo_sft --data data/demo_sft --json metrics.json
+    python -m tools.eval --ckpt out/demo_sft --best_of 8                          of each eight stories the best
 
 Stories are sampled in batches and scored by the rules of stories/rewards.py; LABELS says what each score counts.
 """
@@ -23,7 +24,8 @@ from common.tokenizer import load_tokenizer
 from model import IGNORE
 from sample import add_sampling_options, sample_and_score, sampling_options
 from sft import ExampleFile, open_examples
-from stories.rewards import average, score
+from stories.consistency import consistent
+from stories.rewards import average, reward, score
 
 LABELS = {
     "words": "required words present",
@@ -32,10 +34,17 @@ LABELS = {
     "sentence_lcs80": "the same, 80% of it in order",
     "dialogue": "dialogue where asked for",
     "finished": "stories that reach their end",
+    "consistent": "the same heroes and objects",
     "repeat_4gram": "repeated 4-grams in a story",
     "length": "characters in a story",
     "bits_per_char": "bits a character of references",
 }
+
+
+def consistency_of(story: str) -> dict[str, float]:
+    """The score of stories/consistency.py, for a story of the embedded corpus; for others none."""
+    same = consistent(story)
+    return {} if same is None else {"consistent": float(same)}
 
 
 @torch.inference_mode()
@@ -69,15 +78,18 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     # The same for every batch, or the metrics would depend on the batch size.
     max_new_tokens = block_size - max(len(instruction) for instruction, _ in examples)
     options = sampling_options(args) | {"max_new_tokens": max_new_tokens}
-    batches = range(0, len(examples), args.batch_size)
-    for first in tqdm(batches, desc=str(path), unit="batch", disable=None):
-        prompts = [instruction for instruction, _ in examples[first : first + args.batch_size]]
+    per_batch = max(1, args.batch_size // args.best_of)
+    for first in tqdm(range(0, len(examples), per_batch), desc=str(path), unit="batch", disable=None):
+        prompts = [instruction for instruction, _ in examples[first : first + per_batch] for _ in range(args.best_of)]
         options["seed"] = args.seed + first  # another seed for each batch
-        for story, story_scores in sample_and_score(model, tokenizer, prompts, **options):
+        samples = sample_and_score(model, tokenizer, prompts, **options)
+        for i in range(0, len(samples), args.best_of):
+            story, story_scores = max(samples[i : i + args.best_of], key=lambda sample: reward(sample[1]))
             stories.append(story)
-            scores.append(story_scores)
+            scores.append(story_scores | consistency_of(story))
     bits = reference_bits(model, tokenizer, examples, args.batch_size, device)
-    references = average([score(None, tokenizer.decode(response)) for _, response in examples])
+    texts = [tokenizer.decode(response) for _, response in examples]
+    references = average([score(None, text) | consistency_of(text) for text in texts])
     metrics = average(scores) | {"bits_per_char": bits, "examples": len(examples)}
     metrics |= {"too_long": data.left_out}
     return metrics | {f"reference_{name}": value for name, value in references.items()}, stories
@@ -89,12 +101,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="prepared instructions (default: those of the last --ckpt)")
     parser.add_argument("--num", type=int, default=200, help="held-out instructions")
     parser.add_argument("--batch_size", type=int, default=50, help="stories in a batch")
+    parser.add_argument("--best_of", type=int, default=1, help="stories for each instruction, of which the best counts")
     add_sampling_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N stories of each")
     parser.add_argument("--json", type=Path, help="write the metrics of the last checkpoint to this file")
     args = parser.parse_args()
-    for key in ("num", "batch_size"):
+    for key in ("num", "batch_size", "best_of"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     folder = args.data or Path(read_checkpoint(args.ckpt[-1])["settings"].get("data_dir", ""))
@@ -103,7 +116,8 @@ def main() -> None:
         metrics, stories = evaluate(path, folder, args)
         columns.append(metrics)
         print(*stories[: args.show], sep="\n---\n", end="\n" if args.show else "")
-    print(f"{columns[0]['examples']} held-out instructions of {folder}, temperature {args.temperature}")
+    best = f", best of {args.best_of}" if args.best_of > 1 else ""
+    print(f"{columns[0]['examples']} held-out instructions of {folder}, temperature {args.temperature}{best}")
     print(" " * 32 + "".join(f"{path.name:>16}" for path in args.ckpt) + f"{'references':>16}")
     for name, label in LABELS.items():
         values = [c.get(name) for c in columns] + [columns[0].get(f"reference_{name}")]

@@ -8,8 +8,10 @@ The page (serve.html) loads nothing from elsewhere. It sends POST /tell, which a
     curl -N http://127.0.0.1:8000/tell -H "Content-Type: application/json" -d '{"words": "铲子，草地", "seed": 7}'
 
 The answer is JSON lines, sent as the story is generated: {"seed": 7}, {"ahead": how many requests wait before this
-one}, {"text": a piece}, and {"end": "end", or "full" at the model's longest sequence}. A refusal is one object, with a
-sentence in Chinese ("zh") and in English ("en").
+one}, {"text": a piece}, and {"end": "end", or "full" at the model's longest sequence}. With "best_of": 8 eight stories
+are generated, with this seed and the seven after it; the best is sent when all are done, and before its end
+{"met": what it has of what was asked for, "seed": its own}. A refusal is one object, with a sentence in Chinese ("zh")
+and in English ("en").
 
 One thread runs the model. It generates all stories as one batch, which a story joins and leaves at any token. Each
 story has its own generator: a seed gives the same story as `sample.py --num 1`, whatever else is in the batch (except
@@ -44,11 +46,13 @@ from common.device import choose_device
 from common.settings import Parser, UserError, run
 from common.tokenizer import load_tokenizer, template_tokens
 from sample import CACHE_STEP, encode_prompt, prefill, random_noise, sample_token, story_start
-from stories.constraints import NAMES, write_constraints
+from stories.constraints import NAMES, read_constraints, write_constraints
+from stories.rewards import can_choose, findings, reward, score
 
 PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
 TEXTS = (*NAMES.values(), "prompt")
-NUMBERS = {"temperature": (0, 2), "top_p": (0.01, 1), "seed": (0, 2**53)}  # the seed as large as JavaScript can count
+# The seed as large as JavaScript can count
+NUMBERS = {"temperature": (0, 2), "top_p": (0.01, 1), "seed": (0, 2**53), "best_of": (1, 8)}
 TOP_K = 50
 LONGEST = 1024  # tokens of an instruction and its story
 LARGEST = 16 << 10  # bytes of a request
@@ -73,6 +77,7 @@ class Story:
     temperature: float
     top_p: float
     seed: int
+    instruction: str
     stopped: bool = False  # its visitor has gone
     tokens: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
@@ -86,12 +91,12 @@ class Sampler:
         self.waiting, self.closed = list[Story](), False
         self.changed = threading.Condition()  # guards these two
 
-    def add(self, story: Story) -> None:
+    def add(self, stories: list[Story]) -> None:
         with self.changed:
-            if len(self.waiting) == WAITING:
+            if len(self.waiting) + len(stories) > WAITING:
                 full = "等着听故事的人太多了，请过一会儿再来。", "Too many are waiting; please come back later."
                 raise Refusal(503, *full, retry_after=10)
-            self.waiting.append(story)
+            self.waiting += stories
             self.changed.notify()
 
     def ahead(self, story: Story) -> int:
@@ -159,8 +164,8 @@ class Sampler:
                 logits = self.model(token[:, None], positions=last[:, None], cache=filled)[:, 0]  # (B, V)
 
 
-def read_story(body: bytes, sampler: Sampler) -> Story:
-    """The story that a request asks for. Raises Refusal naming the key."""
+def read_stories(body: bytes, sampler: Sampler) -> list[Story]:
+    """The story that a request asks for, or those of which the best is to be chosen. Raises Refusal naming the key."""
     try:
         asked = json.loads(body.decode())
     except (ValueError, RecursionError):
@@ -168,7 +173,7 @@ def read_story(body: bytes, sampler: Sampler) -> Story:
     if not isinstance(asked, dict):
         raise Refusal(400, "请求须是一个 JSON 对象。", "The request must be a JSON object.")
     usual: dict[str, Any] = dict.fromkeys(TEXTS, "")
-    usual |= {"temperature": 0.8, "top_p": 0.95, "seed": random.randrange(1 << 31)}
+    usual |= {"temperature": 0.8, "top_p": 0.95, "seed": random.randrange(1 << 31), "best_of": 1}
     asked = usual | asked
     for key, value in asked.items():
         least, most = NUMBERS.get(key, (0, 0))
@@ -176,7 +181,7 @@ def read_story(body: bytes, sampler: Sampler) -> Story:
             raise Refusal(400, f"没有 {key[:40]!r} 这一项。", f"There is no key {key[:40]!r}.")
         if key in TEXTS and not isinstance(value, str):
             raise Refusal(400, f"{key} 须是文字。", f"{key} must be text.")
-        kinds = (int,) if key == "seed" else (int, float)
+        kinds = (int,) if key in ("seed", "best_of") else (int, float)
         if key in NUMBERS and not (type(value) in kinds and least <= value <= most):
             raise Refusal(400, f"{key} 须在 {least} 与 {most} 之间。", f"{key} must lie between {least} and {most}.")
     instruction = write_constraints({name: asked[key] for name, key in NAMES.items()})
@@ -189,8 +194,12 @@ def read_story(body: bytes, sampler: Sampler) -> Story:
     if (n := len(prompt)) >= sampler.length:
         most = sampler.length - 1
         raise Refusal(400, f"太长了：{n} 个词元，最多 {most} 个。", f"Too long: {n} tokens, at most {most} fit.")
-    beginning = prompt[story_start(sampler.tokenizer, prompt) :]
-    return Story(prompt, beginning, asked["temperature"], asked["top_p"], asked["seed"])
+    n, beginning = asked["best_of"], prompt[story_start(sampler.tokenizer, prompt) :]
+    if n > 1 and not can_choose(read_constraints(instruction)):
+        by = "没有可以挑选的依据：请填词汇、随机句子，或选“对话”。"
+        raise Refusal(400, by, "Nothing to choose by: give words, a sentence, or the feature 对话 (dialogue).")
+    seeds = range(asked["seed"], asked["seed"] + n)
+    return [Story(prompt, beginning, asked["temperature"], asked["top_p"], seed, instruction) for seed in seeds]
 
 
 class Server(ThreadingHTTPServer):
@@ -264,7 +273,7 @@ class Visit(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            story = self.answer()
+            stories = self.answer()
         except Refusal as e:
             self.send(e.status, "application/json", json.dumps(e.sentence, ensure_ascii=False).encode(), **e.headers)
             # Closed while bytes are unread, the connection would be reset, and the answer lost on its way.
@@ -273,11 +282,12 @@ class Visit(BaseHTTPRequestHandler):
             while left > 0 and (part := self.rfile.read1(1 << 16)):
                 left -= len(part)
             return
-        if story:
+        if stories:
             try:
-                self.send_story(story)
+                self.send_story(stories[0]) if len(stories) == 1 else self.send_best(stories)
             finally:
-                self.server.sampler.drop(story)
+                for story in stories:
+                    self.server.sampler.drop(story)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
@@ -290,8 +300,8 @@ class Visit(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def answer(self) -> Story | None:
-        """Send the page, or queue the story asked for. Raises Refusal."""
+    def answer(self) -> list[Story]:
+        """Send the page, or queue the stories asked for. Raises Refusal."""
         host = re.sub(r":\d*$", "", self.headers.get("Host", "")).lower()
         if self.server.names and host not in self.server.names:
             raise Refusal(403, "请用 localhost 打开。", "Open this page as localhost.")
@@ -303,7 +313,7 @@ class Visit(BaseHTTPRequestHandler):
         if self.command != "POST":
             more = {"content_security_policy": self.server.policy, "referrer_policy": "no-referrer"}
             self.send(200, "text/html; charset=utf-8", self.server.page, **more)
-            return None
+            return []
         self.server.count(self.client_address[0])
         if self.headers.get_content_type() != "application/json":  # which no other site's page can send unasked
             raise Refusal(415, "Content-Type 须是 application/json。", "Content-Type must be application/json.")
@@ -316,9 +326,9 @@ class Visit(BaseHTTPRequestHandler):
         if len(body) < int(length):
             raise Refusal(408, "请求没有发完。", "The request did not arrive whole.")
         self.server.deadlines[self.connection] = math.inf
-        story = read_story(body, self.server.sampler)
-        self.server.sampler.add(story)
-        return story
+        stories = read_stories(body, self.server.sampler)
+        self.server.sampler.add(stories)
+        return stories
 
     def send_story(self, story: Story) -> None:
         """Send the story as it is generated. Sending fails when the visitor has gone."""
@@ -339,6 +349,28 @@ class Visit(BaseHTTPRequestHandler):
             if text[written:] and not text.endswith("\ufffd"):
                 self.line(text=text[written:])
                 written = len(text)
+        self.line(end="end" if ended else "full")
+
+    def send_best(self, stories: list[Story]) -> None:
+        """Wait for all stories, then send the best. Sending fails when the visitor has gone."""
+        sampler, constraints = self.server.sampler, read_constraints(stories[0].instruction)
+        self.send(200, "application/x-ndjson")
+        self.line(seed=stories[0].seed)
+        found = []
+        for story in stories:
+            tokens, done = list(story.beginning), False
+            while not done:
+                try:
+                    token, done = story.tokens.get(timeout=1)
+                    tokens.append(token)
+                except queue.Empty:
+                    self.line(ahead=sampler.ahead(story))
+            ended = tokens[-1] == sampler.tokenizer.eos_id()
+            text = sampler.tokenizer.decode(tokens[:-1] if ended else tokens).rstrip("\ufffd")
+            found.append((reward(score(constraints, text) | {"finished": float(ended)}), text, ended, story.seed))
+        _, text, ended, seed = max(found, key=lambda one: one[0])
+        self.line(text=text)
+        self.line(met=findings(constraints, text), seed=seed)
         self.line(end="end" if ended else "full")
 
     def line(self, **said) -> None:
