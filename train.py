@@ -64,6 +64,7 @@ class LoopSettings:
     gradient_accumulation_steps: int = setting(1, at_least=1, fixed=True)  # over all processes together
     max_iters: int = setting(1000, at_least=1)
     epochs: float = 0.0  # above 0: this many passes over the data, instead of max_iters
+    minutes: float = 0.0  # above 0: as many steps as fit; the warm-up is timed, and then max_iters is set
     # The optimizer
     optimizer: str = setting("muon", choices=("muon", "adamw"), fixed=True)
     learning_rate: float = 0.003
@@ -91,6 +92,9 @@ class LoopSettings:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.minutes and (self.epochs or self.warmup_iters < 2 * self.log_interval):
+            needed = "epochs = 0 and warmup_iters of two log_intervals or more, of which the last is timed"
+            raise UserError(f"minutes = {self.minutes}: needs {needed}")
         if self.cooldown > 1:
             raise UserError(f"cooldown = {self.cooldown}: must be at most 1")
         check_logger(self.logger)
@@ -490,6 +494,8 @@ def set_up(s: LoopSettings, train_data, val_data) -> tuple[torch.device, torch.d
     keep_freed_memory()
     if s.epochs:
         s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
+    if s.minutes:
+        s.max_iters = max(s.max_iters, s.warmup_iters + 1)  # until fit_into_minutes sets it
     return device, dtype
 
 
@@ -500,6 +506,8 @@ def restore(s: LoopSettings, state: TrainState, metadata: dict) -> None:
         unfinished.unlink()
     if saved := checkpoint_to_resume(s, state.model, metadata):
         state.load_state_dict(saved, out_dir)
+        if s.minutes and state.step >= s.warmup_iters:  # set by the run that is resumed
+            s.max_iters = saved["settings"]["max_iters"]
         if main_process:
             print_changes(s, saved)
     elif s.resume and main_process:
@@ -520,6 +528,21 @@ def print_changes(s: LoopSettings, saved: dict) -> None:
         print(f"changed {', '.join(changed)}: the learning rate of the next step is {now:.2g} instead of {before:.2g}")
     if step >= s.max_iters:
         print(f"max_iters = {s.max_iters:,}: this run is at step {step:,} already; there is nothing left to train")
+
+
+def fit_into_minutes(s: LoopSettings, step: int, start: float, step_seconds: float) -> None:
+    """Set max_iters, after the warm-up, to what fits into s.minutes since `start`.
+
+    Until then nothing has depended on max_iters, so giving the number repeats the run exactly.
+    """
+    slowest = torch.tensor(step_seconds, dtype=torch.float64)
+    all_reduce(slowest, dist.ReduceOp.MAX)  # all processes must choose the same number
+    left = torch.tensor(60 * s.minutes - (time.perf_counter() - start), dtype=torch.float64)
+    all_reduce(left, dist.ReduceOp.MIN)
+    s.max_iters = step + max(1, int(0.95 * left / slowest))  # a twentieth for evaluating and saving
+    if process_rank() == 0:
+        again = f"--minutes=0 --max_iters={s.max_iters} repeats this run"
+        tqdm.write(f"minutes = {s.minutes:g}: {slowest:.2f} s a step; max_iters = {s.max_iters:,} ({again})")
 
 
 def print_plan(s: LoopSettings, state: TrainState, n_sequences: int, device, dtype) -> None:
@@ -546,6 +569,7 @@ def train(
     metrics to log. `metadata` goes into every checkpoint: the tokenizer's bytes and whatever else sampling needs.
     `prompt`, a list of tokens, begins the sample stories. Returns False if a signal stopped the run.
     """
+    start = time.perf_counter()
     device, dtype = set_up(s, train_data, val_data)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     state = TrainState(model.to(device), s, device, dtype)
@@ -580,7 +604,8 @@ def train(
             # At intervals: log, evaluate, save, sample. Only here is a number read from the device.
             step, last, stopping = state.step, state.step == s.max_iters, should_stop()
             should_save = last or stopping or step % s.save_interval == 0
-            should_log = should_save or step % s.log_interval == 0  # a resumed run logs the same steps
+            choose_length = s.minutes > 0 and step == s.warmup_iters
+            should_log = should_save or choose_length or step % s.log_interval == 0  # a resumed run logs the same steps
             should_eval = last or step % s.eval_interval == 0
             should_sample = s.sample_interval > 0 and (last or step % s.sample_interval == 0)
             if should_eval or should_sample:
@@ -590,6 +615,9 @@ def train(
                 if main_process:
                     log.write(line)
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{line['tokens_per_second']:,.0f}")
+            if choose_length:
+                fit_into_minutes(s, step, start, recent.tokens_per_step / line["tokens_per_second"])
+                bar.total = s.max_iters
             pause = time.perf_counter()
             if should_eval:
                 means = evaluate(compiled, val, loss_fn, device, autocast)

@@ -64,7 +64,8 @@ class StepMetrics:
         line |= {"grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": speed}
         line |= {"mfu": speed * self.flops_per_token / self.peak_flops, "peak_memory": peak_memory(self.device)}
         self.lines += 1
-        if self.lines == 2 and process_rank() == 0:  # the first line includes compiling
+        # The first line includes compiling.
+        if self.lines == 2 and self.step < self.s.max_iters and process_rank() == 0:
             minutes = (self.s.max_iters - self.step) * self.tokens_per_step / speed / 60
             tqdm.write(f"step {self.step:,}: {speed:,.0f} tokens a second, about {minutes:.0f} minutes to go")
         self.values, self.start = [], time.perf_counter()

@@ -629,6 +629,35 @@ def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
     assert read_checkpoint(tmp_path / "out")["step"] == 1
 
 
+def test_minutes_choose_the_steps(tiny_data, tmp_path):
+    """About as long as asked; the number that is printed repeats the run bit for bit, and a resumed run keeps it."""
+    changes = {"minutes": 0.1, "warmup_iters": 20, "log_interval": 10, "eval_interval": 10**6, "save_interval": 30}
+    start = time.perf_counter()
+    done = run_here(*arguments(tiny_data, tmp_path / "timed", **changes))
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    n = int(re.search(r"max_iters = ([\d,]+) \(", done.stdout)[1].replace(",", ""))
+    assert n > 20 and f"--minutes=0 --max_iters={n}" in done.stdout and seconds < 60
+    last = read_checkpoint(tmp_path / "timed")
+    assert last["step"] == last["settings"]["max_iters"] == n
+    run_here(*arguments(tiny_data, tmp_path / "again", **changes | {"minutes": 0, "max_iters": n}))
+    same(last["model"], read_checkpoint(tmp_path / "again")["model"])
+    shutil.copytree(tmp_path / "timed", tmp_path / "resumed")
+    (tmp_path / "resumed" / f"ckpt_{n:06d}.pt").unlink()
+    assert read_checkpoint(tmp_path / "resumed")["step"] < n
+    run_here(*arguments(tiny_data, tmp_path / "resumed", **changes, resume=True))
+    resumed = read_checkpoint(tmp_path / "resumed")
+    assert resumed["step"] == n
+    same(last["model"], resumed["model"])
+
+
+def test_minutes_need_steps_to_time(tiny_data, tmp_path):
+    for changes in ({"warmup_iters": 19, "log_interval": 10}, {"epochs": 1.0, "warmup_iters": 20, "log_interval": 10}):
+        assert_one_line_error(
+            run_here(*arguments(tiny_data, tmp_path / "out", minutes=1, **changes)), "minutes", "needs"
+        )
+
+
 def test_a_mistyped_out_dir_is_said_aloud(adamw, tiny_data, tmp_path):
     """--resume=True where no run is: it starts one, and says so, and which runs are beside it."""
     stopped_at(adamw.out, tmp_path / "story", 8)
