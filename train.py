@@ -551,7 +551,7 @@ def print_plan(s: LoopSettings, state: TrainState, n_sequences: int, device, dty
     print(
         f"{state.model.count_parameters():,} parameters; {per_step * s.block_size:,} tokens a step; {s.max_iters:,} "
         f"steps are {s.max_iters * per_step / n_sequences:.1f} epochs of {n_sequences:,} sequences\n{device}, {dtype}; "
-        f"estimated memory {estimate_memory(state.model, s, dtype) / 2**20:,.0f} MiB beside PyTorch itself"
+        f"estimated memory {estimate_memory(state.model, s, dtype, device) / 2**20:,.0f} MiB beside PyTorch itself"
     )
     print(f"resuming at step {state.step:,}" if state.step else "starting from the beginning", flush=True)
 

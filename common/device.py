@@ -119,7 +119,7 @@ def compile_model(model: Callable, device: torch.device, mode: str | None = None
     return model if device.type == "mps" else torch.compile(model, mode=mode)
 
 
-def estimate_memory(model: GPT, s, dtype: torch.dtype) -> int:
+def estimate_memory(model: GPT, s, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of weights, gradients, optimizer state, and of what a micro-batch stores for its backward pass."""
     c, size = model.config, dtype.itemsize
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -128,11 +128,9 @@ def estimate_memory(model: GPT, s, dtype: torch.dtype) -> int:
     state -= 4 * matrices if s.optimizer == "muon" else 0  # Muon has one moment
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
     token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
-    if model.embedding.weight.is_cpu:  # `attend` stores five eighths of all attention weights
+    if device.type == "cpu":  # `attend` stores five eighths of all attention weights
         token += c.n_layer * c.n_head * s.block_size * size * 5 // 8
-    loss = (
-        LOGITS_PER_CHUNK[model.embedding.weight.device.type] * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
-    )
+    loss = LOGITS_PER_CHUNK[device.type] * c.vocab_size * (8 + size) + 8 * c.vocab_size * c.n_embd
     return state + s.batch_size * s.block_size * token + loss
 
 

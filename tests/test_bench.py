@@ -2,12 +2,14 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 
 from tools import bench
+from tools.estimate import estimate
 
 
 def test_contenders_are_of_one_size():
@@ -94,3 +96,44 @@ def test_rows(tmp_path):
 @pytest.mark.parametrize("args", [["trian"], ["train", "--rounds", "0"], ["prepare", "--megabytes", "0"]])
 def test_mistakes(args):
     assert_one_line_error(run_script("-m", "tools.bench", *args, check=False), args[-2] if len(args) > 1 else args[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The estimate of a config's cost
+
+
+def test_the_estimate_equals_what_an_h200_did():
+    """docs/benchmarks.md: 927,000 tokens/s were 34% of the 776 TFLOP/s measured there, with 9,596 MiB of memory."""
+    e = estimate(ROOT / "config" / "microstories.py", 8192, 0)
+    assert 0.34 * 776e12 / e.flops_per_token == pytest.approx(927_000, rel=0.02)
+    assert e.memory / 2**20 == pytest.approx(9_596, rel=0.1)
+    assert e.steps * e.tokens_per_step == 10_000 * 64 * 4 * 512
+
+
+def test_flops_by_hand():
+    """Of a config with every number written out: 6 for each weight of a matrix, and attention to half the sequence."""
+    e = estimate(ROOT / "config" / "microstories_chatglm.py", 64_789, 0)
+    layer = 512 * 6 * 48 * 4 + 3 * 512 * 768
+    assert e.parameters == 64_789 * 512 + 6 * layer + (2 * 6 + 1) * 512
+    assert e.flops_per_token == 6 * (64_789 * 512 + 6 * layer) + 6 * 6 * 512 * 6 * 48
+
+
+def test_estimates_of_every_config(tmp_path):
+    """All configs but the base have one; the steps of tuning come from the epochs; more time at a smaller share."""
+    paths = [p for p in sorted((ROOT / "config").glob("*.py")) if p.name != "one_gpu.py"]
+    done = run_script(
+        "-m", "tools.bench", "--estimate", *paths, "--json", tmp_path / "rows.json", "--sequences", 12_800
+    )
+    rows = {Path(row["config"]).name: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows.keys() == {p.name for p in paths} and all(p.name in done.stdout for p in paths)
+    assert all(row["hours"][0] > row["hours"][1] > 0 and row["memory"] < 24e9 for row in rows.values())
+    assert rows["microstories_sft.py"]["steps"] == 3 * 12_800 // 128
+    assert rows["microstories_dpo.py"]["tokens_per_step"] == 8 * 4 * 512 * 2
+
+
+def test_estimates_that_cannot_be(tmp_path):
+    done = run_script("-m", "tools.bench", "--estimate", "config/microstories.py", "--gpu", "abacus", check=False)
+    assert_one_line_error(done, "abacus", "3090")
+    (tmp_path / "mine.py").write_text('init_from = "out/other"\n')
+    done = run_script("-m", "tools.bench", "--estimate", tmp_path / "mine.py", check=False)
+    assert_one_line_error(done, "mine.py", "other.py")

@@ -4,6 +4,7 @@
     python -m tools.bench train decode             parts of it: train, memory, decode, prepare, recipe
     python -m tools.bench --json bench.json
     python -m tools.bench recipe --stories FILE    the recipe on other stories than the embedded ones
+    python -m tools.bench --estimate config/microstories.py --gpu 3090    what a config will cost (tools/estimate.py)
 
 The peers are transformers and litgpt, where they are installed, and two classic recipes written out below.
 Each implementation is a process of its own; they take turns, so that a slow minute of the hardware affects all, and
@@ -33,6 +34,7 @@ from common.settings import Parser, UserError, run
 from model import GPT, ModelConfig
 from sample import generate
 from stories.generate import stories
+from tools.estimate import GPUS, print_estimates
 
 SHAPE = dict[str, Any](n_layer=6, n_head=8, n_kv_head=8, head_dim=64, n_embd=512, intermediate_size=1408)
 LENGTH = 512  # tokens in a sequence
@@ -491,12 +493,22 @@ def main() -> None:
     parser.add_argument("--stories", type=Path, nargs="+", help="story files for the recipe in place of the corpus")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 400], help="sizes of prepare's input")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--estimate", type=Path, nargs="+", metavar="CONFIG", help="estimate these and measure nothing")
+    parser.add_argument("--gpu", default="3090", help=f"for --estimate: {', '.join(GPUS)}")
+    parser.add_argument("--vocab_size", type=int, default=8192, help="for --estimate, where the data is not prepared")
+    parser.add_argument("--sequences", type=int, default=2_000_000, help="for --estimate: of an epoch, likewise")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{unknown.pop()!r}: no part; the parts are {', '.join(PARTS)}")
     if args.rounds < 1 or args.steps < 20 or min(args.megabytes) < 1:
         raise UserError("--rounds and --megabytes must be at least 1, --steps at least 20")
     rows = []
+    if args.estimate:
+        rows = print_estimates(args.estimate, args.gpu, args.vocab_size, args.sequences)
+        if args.json:
+            with atomic_write(args.json) as f:
+                f.write(json.dumps(rows, indent=2).encode() + b"\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         for name in args.parts or PARTS:
             rows += PARTS[name](args, Path(folder))
