@@ -114,18 +114,32 @@ def test_expected_memory_is_near_what_is_taken(tiny_data, tmp_path):
     assert 0.7 < taken / expected < 1.3, (taken / 2**20, expected / 2**20)
 
 
-def test_tuning_and_preferring(pretrained, tiny_sft, tmp_path):
-    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
-    run_script(*tuning(pretrained, tiny_sft, sft, device="cuda", compile=True))
-    assert metrics_of(sft)[-1]["val_loss"] < metrics_of(sft)[0]["loss"]
-    paths = {"init_from": sft, "data_dir": tiny_sft, "out_dir": dpo, "device": "cuda"}
-    options = {
-        "block_size": TINY["block_size"] * 8,
-        "batch_size": 4,
-        "max_iters": 6,
-        "instructions": 32,
-        "lora_rank": 4,
-    }
-    run_script("dpo.py", *(f"--{key}={value}" for key, value in (paths | options).items()))
-    run_script("-m", "tools.eval", "--ckpt", sft, "--ckpt", dpo, "--num", 8, "--device", "cuda", "--compile")
-    run_script("sample.py", "--ckpt", dpo, "--words", "太阳", "--device", "cuda", "--dtype", "bfloat16", "--compile")
+@pytest.fixture(scope="module")
+def tuned_on_cuda(pretrained, tiny_sft, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cuda") / "sft"
+    run_script(*tuning(pretrained, tiny_sft, out, device="cuda", compile=False, max_iters=20))
+    return out
+
+
+def test_tuning(tuned_on_cuda):
+    assert metrics_of(tuned_on_cuda)[-1]["val_loss"] < metrics_of(tuned_on_cuda)[0]["loss"]
+
+
+def test_tuning_compiled(pretrained, tiny_sft, tmp_path):
+    run_script(*tuning(pretrained, tiny_sft, tmp_path, device="cuda", compile=True, max_iters=4))
+
+
+def test_preferring(tuned_on_cuda, tiny_sft, tmp_path):
+    """Pairs of the model's own stories, and adapters. Not compiled: the two tests above show that that works."""
+    options = {"init_from": tuned_on_cuda, "data_dir": tiny_sft, "out_dir": tmp_path / "dpo", "device": "cuda"}
+    options |= {"block_size": TINY["block_size"] * 8, "batch_size": 4, "max_iters": 4, "instructions": 16, "samples": 2}
+    options |= {"lora_rank": 4, "compile": False, "reference_chosen": True}
+    run_script("dpo.py", *(f"--{key}={value}" for key, value in options.items()))
+    run_script("sample.py", "--ckpt", tmp_path / "dpo", "--words", "太阳", "--num", 1, "--device", "cuda")
+
+
+def test_evaluating_and_sampling(tuned_on_cuda):
+    run_script("-m", "tools.eval", "--ckpt", tuned_on_cuda, "--num", 4, "--best_of", 2, "--device", "cuda")
+    run_script("sample.py", "--ckpt", tuned_on_cuda, "--words", "太阳", "--best_of", 2, "--device", "cuda")
+    run_script("sample.py", "--ckpt", tuned_on_cuda, "--words", "太阳", "--device", "cuda", "--dtype", "bfloat16",
+               "--num", 1, "--compile")  # fmt: skip
