@@ -145,12 +145,13 @@ class EncodedBlock:
     losses: LossyTokens
 
 
-def encode_block(block: tuple, extract) -> EncodedBlock:
+def encode_block(block: tuple, extract, check: bool = True) -> EncodedBlock:
+    """Clean and encode a block. With `check` its texts are compared with what their tokens decode to."""
     texts, dropped, forms = clean_block(block, extract)
     parts = list(zip(*texts, strict=True))  # all instructions, then all stories
     encoded = [tokenizer.encode(list(part)) for part in parts]
     losses = LossyTokens()
-    for part, ids_of_part in zip(parts, encoded, strict=True):
+    for part, ids_of_part in zip(parts, encoded, strict=True) if check else ():
         losses.add(part, ids_of_part)
     flat, ids = itertools.chain.from_iterable, []
     for ids_of_text in zip(*encoded, strict=True):
@@ -393,7 +394,9 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         before = template_tokens(template, trained) if template else ([],)
         with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model, before)) as workers:
             blocks = read_blocks(files, extract, "encoding")
-            meta = write_bins(in_order(workers, encode_block, blocks, extract), folder, args)
+            # A new tokenizer is one that changes nothing (see train_tokenizer).
+            encoded = in_order(workers, encode_block, blocks, extract, bool(args.tokenizer))
+            meta = write_bins(encoded, folder, args)
         check_dropped(meta, files, args)
         for split in ("train", "val"):
             if not meta[split]["stories"]:
