@@ -161,11 +161,11 @@ def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
         response = turns_of(record[key], key, where)
     else:
         response = [("assistant", text_of(record, key, where))]
-    for name in ("prompt", *CONVERSATIONS):
-        if isinstance(record.get(name), list):
-            return question_and_answer(turns_of(record[name], name, where) + response, key, where)
-    if not any(name in record for name in PROMPTS):
-        return question_and_answer(response, key, where)
+    before = [name for name in ("prompt", *CONVERSATIONS) if isinstance(record.get(name), list)]
+    # UltraFeedback has the prompt as a text, and beside it `messages`, which repeat the chosen conversation.
+    if not any(isinstance(record.get(name), str) for name in PROMPTS):
+        turns = turns_of(record[before[0]], before[0], where) if before else []
+        return question_and_answer(turns + response, key, where)
     prompt = prompt_of(record, ("prompt", "instruction", "query", "question"), where)
     repeated = [text for role, text in response if role == "user"]
     if repeated and repeated[0].strip() != prompt.strip():
@@ -252,11 +252,12 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: LoopSettings) -> 
     reasons = "".join(f", {n:,} left out ({reason})" for reason, n in left_out.items())
     if process_rank() == 0:
         print(f"{files[0]}: {counts} pairs, {too_long:,} left out (longer than {s.block_size} tokens){reasons}")
-    if not splits["train"] or not splits["val"] or left_out.total() > len(pairs):
+    mostly_left_out = left_out.total() > len(pairs)
+    if not splits["train"] or not splits["val"] or mostly_left_out:
         why = f"{len(pairs):,} pairs{reasons}"
-        if too_long:
+        if too_long and not mostly_left_out:
             why = f"{too_long:,} of {len(pairs):,} pairs are longer than {s.block_size} tokens; raise block_size"
-        elif len(digests) == 1:
+        elif len(digests) == 1 and not mostly_left_out:
             why = f"all {len(pairs):,} pairs have the same prompt{reasons}; validation needs pairs of another one"
         raise UserError(f"{files[0]}: cannot be trained on: {why}")
     train_data, val_data = (PairFile(files[0], found, s.block_size, end, s.seed) for found in splits.values())

@@ -213,7 +213,7 @@ def sample_and_score(model, tokenizer, prompts: list[list[int]], **options) -> l
     return scored
 
 
-def check_memory(model: GPT, n_stories: int, option: str) -> None:
+def check_memory(model: GPT, best_of: int) -> None:
     """Raise a UserError if the KV cache and the logits of a batch would not fit into the free memory."""
     weight, c = model.embedding.weight, model.config
     cache = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * weight.element_size()
@@ -224,10 +224,9 @@ def check_memory(model: GPT, n_stories: int, option: str) -> None:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return
-    if n_stories * story > free:
-        gib = 2**30
-        needed = f"{n_stories * story / gib:,.1f} GiB for a batch of {n_stories:,} stories, {free / gib:,.1f} are free"
-        raise UserError(f"{option}: needs {needed}; at most {free // story:,} fit")
+    if best_of * story > free:
+        needed = f"{best_of * story / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free"
+        raise UserError(f"--best_of {best_of}: needs {needed}; at most {free // story:,} fit")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def main() -> None:
 
     def print_best(instruction: str, prompt: list[int]) -> None:
         check_length(model, prompt)
-        check_memory(model, args.best_of, f"--best_of {args.best_of}")
+        check_memory(model, args.best_of)
         constraints = read_constraints(instruction)
         if not can_choose(constraints):
             known = "--words, --sentence or --features 对话"

@@ -44,13 +44,16 @@ def find_inputs(inputs: list[str]) -> list[Path]:
     files, not_read = [], []
     for name in inputs:
         path = Path(name)
+        hidden = set[Path]()
         if path.is_dir():
             present = [p for p in sorted(path.rglob("*")) if p.is_file()]
+            # macOS writes ._ files; tools keep .cache folders
+            hidden = {p for p in present if any(part.startswith(".") for part in p.relative_to(path).parts)}
         elif path.exists():
             present = [path]
         else:
             present = [p for p in map(Path, sorted(glob(name, recursive=True))) if p.is_file()]
-        found = [p for p in present if is_story_file(p) or (p == path and is_readable(p.name))]
+        found = [p for p in present if (p not in hidden and is_story_file(p)) or (p == path and is_readable(p.name))]
         if not found and path.is_file():
             raise UserError(f"{name}: unknown kind of file; known are {KNOWN}")
         if not found and path.exists():
@@ -85,10 +88,9 @@ def is_readable(name: str) -> bool:
 
 
 def is_story_file(path: Path) -> bool:
-    """Not so: hidden files (macOS writes ._ files), metadata, and the folders that prepare.py has written."""
+    """Whether a file may hold stories: not so metadata, and what is in a folder that prepare.py has written."""
     prepared = (path.parent / "meta.json").exists() and (path.parent / "train.bin").exists()
-    hidden = any(part.startswith(".") for part in (path.name, path.parent.name) if part != "..")
-    return is_readable(path.name) and not hidden and not prepared and path.name not in METADATA
+    return is_readable(path.name) and not prepared and path.name not in METADATA
 
 
 def check_packages(path: Path) -> None:
@@ -243,7 +245,11 @@ def describe_texts(files: list[Path], most: int = 3) -> list[str]:
             head = f.read(BLOCK)
         _, separator = separators(head)
         how = {MARKER: f"separated by {DOCUMENT_END}", b"\n": "one a line", b"\r": "one a line"}
-        stories = [text.strip() for text in head.decode(errors="replace").split(separator.decode()) if text.strip()]
+        stories = [
+            text.strip()
+            for text in head.decode("utf-8-sig", errors="replace").split(separator.decode())
+            if text.strip()
+        ]
         first = ", ".join(repr(text[:12] + "…" * (len(text) > 12)) for text in stories[:2])
         lines.append(f"{path}: stories {how.get(separator, 'separated by empty lines')}: {first}, …")
     return lines

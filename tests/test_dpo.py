@@ -164,7 +164,8 @@ def test_rows_by_hand():
         {"chosen": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
          "rejected": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "坏"}]},
         # UltraFeedback: the conversations repeat the prompt
-        {"prompt": "问", "prompt_id": "x", "messages": "ignored: not a list", "score_chosen": 8.5,
+        {"prompt": "问", "prompt_id": "x", "score_chosen": 8.5,
+         "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
          "chosen": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
          "rejected": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "坏"}]},
         # LLaMA-Factory: Alpaca's keys, and ShareGPT's
@@ -204,6 +205,7 @@ GOOD, BAD = ({"role": "assistant", "content": text} for text in "好坏")
         {"prompt": "\ud83d", "chosen": "好", "rejected": "坏"},
         {"prompt": "别的", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         {"prompt": "问", "query": "别的", "chosen": "好", "rejected": "坏"},
+        {"prompt": 3, "chosen": "好", "rejected": "坏"},
         {"chosen": [ASK, GOOD], "rejected": [{"role": "user", "content": "别的"}, BAD]},
         {"chosen": [GOOD], "rejected": [ASK, BAD]},
         {"chosen": ["问", "好"], "rejected": [ASK, BAD]},

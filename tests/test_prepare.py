@@ -248,7 +248,7 @@ def test_a_missing_package_is_named(tmp_path):
 def test_what_is_not_read_is_named(base, tmp_path):
     """Hidden files, metadata, folders of prepare.py and unknown kinds are skipped, and named."""
     write(tmp_path / "in" / "ok.JSONL", jsonl(STORIES))
-    for name in ("._ok.jsonl", ".DS_Store", "dataset_infos.json", "notes.md", ".cache/x.jsonl"):
+    for name in ("._ok.jsonl", ".DS_Store", "dataset_infos.json", "notes.md", ".cache/deep/x.jsonl"):
         write(tmp_path / "in" / name, b"\0\1\2")
     shutil.copytree(base, tmp_path / "in" / "prepared")
     for i, way in enumerate((tmp_path / "in", f"{tmp_path}/in/**", f"{tmp_path}/in/*")):

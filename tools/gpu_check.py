@@ -221,7 +221,9 @@ def check_decode(check: Check) -> dict:
             for seed in range(3):  # the first one compiles
                 check.synchronize()
                 start = time.perf_counter()
-                n = sum(1 for _ in generate(model, [[5] * 16] * batch, new, -1 % 8192, seed=seed, compile=compiled))
+                n = sum(
+                    1 for _ in generate(model, [[5] * 16] * batch, new, end_token=8191, seed=seed, compile=compiled)
+                )
                 check.synchronize()
                 seconds.append((time.perf_counter() - start) / n)
             found[f"batch {batch}{' compiled' if compiled else ''} tokens_per_second"] = batch / min(seconds[1:])
