@@ -328,7 +328,7 @@ def pair_files(s: Settings, checkpoint: dict, tokenizer, out_dir: Path) -> list[
         return [path]
     if "RANK" in os.environ:
         raise UserError(f"{path}: not there; make the pairs first, in one process, with --make_pairs=True")
-    meta, template, response_token = open_examples(folder, source, checkpoint)
+    meta, template, response_token, _ = open_examples(folder, source, checkpoint)
     if template != checkpoint["template"]:
         raise UserError(f"{folder}: prepared with another template than {source}'s; run prepare.py --task sft again")
     device, dtype = choose_device(s.device, s.dtype)

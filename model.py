@@ -166,13 +166,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, loss_weights=None):
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         size = LOGITS_PER_CHUNK[x.device.type]
         for start in range(0, x.size(0), size):
             chunk, target = x[start : start + size], targets[start : start + size, None]  # (R, C), (R, 1)
-            counts = target != IGNORE  # (R, 1)
+            counts = (target != IGNORE).float()  # (R, 1)
+            if loss_weights is not None:
+                counts = counts * loss_weights[start : start + size, None]  # (R, 1)
             log_p = F.linear(chunk, weight).float().log_softmax(dim=-1)  # (R, V)
             # Not in place: PyTorch 2.11 compiled that to gradients that are all 0.
             total = total - (log_p.gather(1, target.clamp(min=0)) * counts).sum()
@@ -186,15 +188,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_output, grad_weight * grad_output, None
+        return grad_x * grad_output, grad_weight * grad_output, None, None
 
 
-def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum, in nats and float32, of the cross entropies of hidden states x, (N, C), and targets, (N,)."""
+def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss_weights=None) -> torch.Tensor:
+    """The sum, in nats and float32, of the cross entropies of hidden states x, (N, C), and targets, (N,).
+
+    With loss_weights, (N,), each is multiplied by its own.
+    """
     if torch.is_autocast_enabled(x.device.type):  # matrices multiplied by hand must be cast by hand
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    return ChunkedCrossEntropy.apply(x, weight, targets)
+    return ChunkedCrossEntropy.apply(x, weight, targets, loss_weights)
 
 
 class GPT(nn.Module):
@@ -247,11 +252,22 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, cache and cache[layer], positions)  # (B, T, C)
         return self.norm(x)  # (B, T, C)
 
-    def forward(self, tokens, targets=None, documents=None, positions=None, cache=None, last=None, reduction="sum"):
+    def forward(
+        self,
+        tokens,
+        targets=None,
+        documents=None,
+        positions=None,
+        cache=None,
+        last=None,
+        reduction="sum",
+        loss_weights=None,
+    ):
         """Without targets: logits, (B, T, V), or with last, (B,), only those of that position, (B, 1, V).
 
-        With targets, (B, T): the cross entropy, in nats, summed over all targets that are not IGNORE. With
-        reduction="per_sequence": summed over each sequence, (B,), which takes the memory of all logits.
+        With targets, (B, T): the cross entropy, in nats, summed over all targets that are not IGNORE, each multiplied
+        by its loss weight if there are loss_weights, (B, T). With reduction="per_sequence": summed over each sequence,
+        (B,), without weights, which takes the memory of all logits.
         """
         x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
         if last is not None:
@@ -261,7 +277,8 @@ class GPT(nn.Module):
         if reduction == "per_sequence":
             logits = F.linear(x, self.embedding.weight).float()  # (B, T, V)
             return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
-        return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten())
+        loss_weights = None if loss_weights is None else loss_weights.flatten()  # (B * T,)
+        return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten(), loss_weights)
 
     def new_cache(self, batch_size: int, length: int, dtype=torch.float32) -> list:
         """An empty KV cache of `length` positions: for each layer two tensors, (B, K, S, D)."""

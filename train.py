@@ -73,7 +73,8 @@ class LoopSettings:
     schedule: str = setting("linear", choices=("linear", "cosine"))  # linear: constant, then down over the cooldown
     cooldown: float = 0.5  # a share of the steps after the warm-up
     weight_decay: float = setting(0.1, fixed=True)
-    beta1: float = setting(0.9, below=1, fixed=True)
+    momentum: float = setting(0.95, below=1, fixed=True)  # Muon's
+    beta1: float = setting(0.9, below=1, fixed=True)  # AdamW's
     beta2: float = setting(0.95, below=1, fixed=True)
     grad_clip: float = 1.0  # 0: no clipping
     # Intervals, in steps
@@ -101,8 +102,8 @@ class LoopSettings:
 
 
 @dataclass
-class Settings(LoopSettings):
-    """The loop's settings and the model's shape (see ModelConfig)."""
+class ShapeSettings:
+    """The shape of a new model (see ModelConfig)."""
 
     n_layer: int = setting(6, at_least=1)
     n_head: int = setting(6, at_least=1)
@@ -112,7 +113,22 @@ class Settings(LoopSettings):
     intermediate_size: int = setting(1024, at_least=1)
     rope_theta: float = 10000.0
     qk_norm: bool = True
+
+
+@dataclass
+class Settings(ShapeSettings, LoopSettings):
+    """The loop's settings and the model's shape."""
+
     document_mask: bool = setting(False, fixed=True)  # a token attends only to its own story
+
+
+def new_model(s, vocab_size: int) -> GPT:
+    """A model with random weights, of the shape that the settings give. Raises UserError."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)} & set(vars(s))
+    try:
+        return GPT(ModelConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names}))
+    except ValueError as e:
+        raise UserError(str(e)) from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -146,7 +162,7 @@ class ShuffledDataset:
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def count_targets(self, batch: dict) -> int:
+    def count_targets(self, batch: dict) -> float:
         """What the summed loss of a batch is divided by."""
         return int((batch["targets"] != IGNORE).sum())
 
@@ -222,9 +238,9 @@ def open_data(s: Settings) -> tuple[TokenFile, TokenFile, dict]:
     return train_data, val_data, {"tokenizer": tokenizer, "data": meta["train"]}
 
 
-def get_batch(data, step: int, s: LoopSettings, device: torch.device) -> tuple[list[dict], int]:
-    """This process's micro-batches of a step, on the device, and the number of targets of the whole step."""
-    micro_batches, n_targets = [], 0
+def get_batch(data, step: int, s: LoopSettings, device: torch.device) -> tuple[list[dict], float]:
+    """This process's micro-batches of a step, on the device, and the number (or weight) of the whole step's targets."""
+    micro_batches, n_targets = [], 0.0
     for i in range(s.gradient_accumulation_steps):
         batch = data.batch((step * s.gradient_accumulation_steps + i) * s.batch_size, s.batch_size)
         n_targets += data.count_targets(batch)
@@ -275,8 +291,8 @@ class Muon(torch.optim.Optimizer):
     instructions a CPU needs 30 times as long for a bfloat16 product.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, dtype: torch.dtype):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
+    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -314,7 +330,7 @@ def make_optimizers(model: GPT, s: LoopSettings) -> list[torch.optim.Optimizer]:
     if matrices:
         _, fast = choose_device(str(model.embedding.weight.device))
         dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(matrices, s.weight_decay, dtype))
+        optimizers.append(Muon(matrices, s.weight_decay, s.momentum, dtype))
     return optimizers
 
 
@@ -345,7 +361,7 @@ def next_token_loss(model, batch: dict) -> dict[str, torch.Tensor]:
 @dataclass
 class ValidationSet:
     batches: list[dict]  # of one shape each; sequences beyond the set have only IGNORE as targets
-    n_targets: int
+    n_targets: float
     n_characters: int  # of the text of all targets
 
 
@@ -645,12 +661,7 @@ def main() -> None:
     with processes(s):
         train_data, val_data, metadata = open_data(s)
         vocab_size = load_tokenizer(metadata["tokenizer"], s.data_dir).vocab_size()
-        names = {field.name for field in dataclasses.fields(ModelConfig)} & set(vars(s))
-        try:
-            config = ModelConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names})
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        train(s, GPT(config), train_data, val_data, metadata)
+        train(s, new_model(s, vocab_size), train_data, val_data, metadata)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def checkpoint_to_resume(s, model: GPT, metadata: dict) -> dict | None:
     if not state:
         return None
     for field in dataclasses.fields(s):
-        now, then = getattr(s, field.name), state["settings"].get(field.name)
+        # A setting newer than the checkpoint: its default is how training was before.
+        now, then = getattr(s, field.name), state["settings"].get(field.name, field.default)
         if field.metadata.get("fixed") and now != then:
             raise UserError(f"{field.name} = {now!r}: {path} has {then!r}; use that")
     if state["model_config"] != dataclasses.asdict(model.config):

@@ -133,6 +133,25 @@ def test_compiled_gradients_equal_the_plain_ones():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item())
 
 
+def test_loss_weights_multiply_losses_and_gradients():
+    """Beside the library's losses one by one, in float64; what IGNORE leaves out stays out."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(1500, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    targets, loss_weights = torch.randint(0, 50, (1500,), generator=generator), torch.rand(1500, generator=generator)
+    targets[::7] = IGNORE
+    ours, theirs = (
+        [t.clone().to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.float32, torch.double)
+    )
+    loss = summed_loss(*ours, targets, loss_weights)
+    losses = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, targets, ignore_index=IGNORE, reduction="none")
+    expected = (losses * loss_weights).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_loss_is_float32_under_autocast():
     x, weight, targets = torch.randn(4096, 8), torch.randn(50, 8), torch.randint(0, 50, (4096,))
     with torch.autocast("cpu", torch.bfloat16):

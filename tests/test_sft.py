@@ -16,7 +16,18 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, meta_of, metrics_of, reseal, run_script, script_here, tuning
+from conftest import (
+    ROOT,
+    SHAPE,
+    TINY,
+    assert_one_line_error,
+    meta_of,
+    metrics_of,
+    reseal,
+    run_script,
+    script_here,
+    tuning,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, same, same_state, stopped_at, torchrun, wait_for_step
@@ -184,6 +195,72 @@ def test_loss_of_a_row_is_that_of_its_examples_alone(tiny_sft, pretrained):
     assert several > 6
 
 
+def found_first(word, pieces):
+    """The tokens, by their texts, that hold the first occurrence of a word, looked for character by character."""
+    owner = [i for i, piece in enumerate(pieces) for _ in piece]
+    at = "".join(pieces).find(word)
+    return set(owner[at : at + len(word)]) if at >= 0 else set()
+
+
+def test_required_words_weigh_more(tiny_sft, pretrained):
+    """The loss is the weighted mean, in float64, of the tokens of each example alone: those that first name a word
+    of the instruction three times, the others once, and none without a word."""
+    folder, slow = tiny_sft, strong(config_of(pretrained)).double()
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    answer = tokenizer.piece_to_id("<|assistant|>")
+    data = ExampleFile(folder / "train.bin", meta_of(folder), answer, 600, 256, 1, 0.0, 3.0, tokenizer)
+    examples, batch = examples_in(folder, "train"), data.batch(0, 12)
+    here = [i for row in batch["documents"].tolist() for i in dict.fromkeys(row) if i >= 0]
+    expected, total, weighted = 0.0, 0.0, 0
+    for prompt, response in (examples[i] for i in here):
+        lines = tokenizer.decode(prompt).splitlines()
+        words = [w for line in lines if line.startswith("词汇：") for w in line[3:].split("，")]
+        pieces = [tokenizer.id_to_piece(i) for i in response]
+        heavy = set().union(*(found_first(word, pieces) for word in words))
+        assert heavy or not words
+        weights = torch.tensor([3.0 if i in heavy else 1.0 for i in range(len(response))])
+        with torch.no_grad():
+            logits = slow(torch.tensor([prompt + response[:-1]]))[0, len(prompt) - 1 :]
+        expected += (F.cross_entropy(logits, torch.tensor(response), reduction="none") * weights).sum().item()
+        total, weighted = total + weights.sum().item(), weighted + bool(heavy)
+    assert 0.5 * len(here) < weighted < len(here)
+    assert data.count_targets(batch) == pytest.approx(total)
+    with torch.no_grad():
+        loss = strong(config_of(pretrained))(**batch).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_plain_examples_have_no_instruction(tiny_sft):
+    """The share asked for, always the same ones, packed by their shorter lengths; nothing else is changed."""
+    folder = tiny_sft
+    response_token = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).piece_to_id(
+        "<|assistant|>"
+    )
+    examples = examples_in(folder, "train")
+
+    def all_of(seed):
+        data = ExampleFile(folder / "train.bin", meta_of(folder), response_token, 600, 512, seed, 0.3)
+        found = {}
+        for row in range(len(data)):
+            batch = {name: values[0].tolist() for name, values in data.sequences([row]).items()}
+            assert sum(d >= 0 for d in batch["documents"]) == sum(
+                data.example_ends[i] - data.example_starts[i] for i in set(batch["documents"]) - {-1}
+            )
+            for i in set(batch["documents"]) - {-1}:
+                where = [at for at, document in enumerate(batch["documents"]) if document == i]
+                learned = [batch["targets"][at] for at in where if batch["targets"][at] != IGNORE]
+                found[i] = ([batch["tokens"][at] for at in where][: len(where) - len(learned) + 1], learned)
+        return found
+
+    found = all_of(7)
+    assert sorted(found) == list(range(len(examples)))
+    plain = {i for i in found if found[i][0] == [examples[i][0][0]]}
+    assert all(found[i] == examples[i] for i in found.keys() - plain)
+    assert all(found[i][1] == examples[i][1] for i in plain)
+    assert 0.2 < len(plain) / len(examples) < 0.4
+    assert found == all_of(7) != all_of(8)
+
+
 def test_examples_do_not_see_their_neighbours(tiny_sft, pretrained):
     """Other tokens in the rest of the row, filling included, change nothing of an example's logits."""
     model = strong(config_of(pretrained))
@@ -271,6 +348,32 @@ def test_init_from_a_folder_means_its_newest(tuned, pretrained, tiny_sft, tmp_pa
         tuned_here(source, tiny_sft, tmp_path / name, max_iters=2)
     losses = {name: metrics_of(tmp_path / name)[0]["loss"] for name in ("folder", "file", "base")}
     assert losses["folder"] == losses["file"] < losses["base"] - 0.3
+
+
+def test_a_pretrained_model_keeps_its_shape(pretrained, tiny_sft, tmp_path):
+    """Another one is not taken silently, and what is printed and stored is the model's own."""
+    done = tuned_here(pretrained, tiny_sft, tmp_path / "out", n_layer=7, max_iters=1)
+    kept = config_of(pretrained).n_layer
+    assert f"n_layer = 7: only a new model takes that; {pretrained} keeps {kept}\n" in done.stdout
+    assert f"\nn_layer = {kept}\n" in done.stdout and "n_embd = 384" not in done.stdout
+    assert read_checkpoint(tmp_path / "out")["settings"]["n_layer"] == kept == config_of(tmp_path / "out").n_layer
+
+
+def test_a_new_model_needs_no_pretrained_one(tiny_sft, tmp_path):
+    """Stopped and resumed, weighted and with plain examples, it ends with the bits of the undisturbed run; it tells
+    stories with and without an instruction."""
+    new = {key: TINY[key] for key in SHAPE} | {"word_weight": 4.0, "plain_share": 0.2, "momentum": 0.8}
+    tuned_here("", tiny_sft, tmp_path / "whole", **new)
+    first, second = metrics_of(tmp_path / "whole")[0], metrics_of(tmp_path / "whole")[-1]
+    assert first["loss"] > 6 and second["val_loss"] < 6
+    assert read_checkpoint(tmp_path / "whole")["model_config"] == config_of(tmp_path / "whole").__dict__
+    stopped_at(tmp_path / "whole", tmp_path / "half", 40)
+    tuned_here("", tiny_sft, tmp_path / "half", **new, resume=True)
+    same_state(tmp_path / "whole", tmp_path / "half")
+    for options in (("--prompt", "小兔"), ("--words", "铲子")):
+        assert stories("--ckpt", tmp_path / "whole", "--num", 1, "--max_new_tokens", 20, *options).strip()
+    done = tune_here("", tiny_sft, tmp_path / "bad", **new | {"n_head": 3, "n_kv_head": 2})
+    assert_one_line_error(done, "n_head", "n_kv_head")
 
 
 def start(*paths, launcher=(), **changes):
@@ -576,9 +679,9 @@ def test_templates_that_are_none(template, refused):
     refused("prepare.py --task sft" if not isinstance(template, str) else "template")
 
 
-@pytest.mark.parametrize(("key", "value"), [("n_layer", 3), ("n_embd", 64), ("document_mask", True), ("lora_ranks", 2)])
+@pytest.mark.parametrize(("key", "value"), [("document_mask", True), ("lora_ranks", 2)])
 def test_unknown_keys(key, value, refused):
-    """The shape is the checkpoint's, the rows are packed: what train.py knows beside is no setting here."""
+    """The rows are packed: what train.py knows beside is no setting here."""
     refused(key, **{key: value})
 
 

@@ -281,15 +281,16 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
             assert (moved - expected).norm() < 2e-3 * expected.norm(), name
 
 
+@pytest.mark.parametrize("momentum", [0.95, 0.8])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
-def test_muon_moves_as_the_library_has_it(dtype, close):
+def test_muon_moves_as_the_library_has_it(dtype, close, momentum):
     """Five steps beside torch.optim.Muon, which computes in bfloat16: what float32 differs by is rounding."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(16, 16), (16, 40), (40, 16), (16, 16), (48, 16)]
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs, before = copy.deepcopy(ours), copy.deepcopy(ours)
-    mine = Muon(ours, 0.1, dtype)
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    mine = Muon(ours, 0.1, momentum, dtype)
+    reference = torch.optim.Muon(theirs, 0.02, 0.1, momentum, adjust_lr_fn="match_rms_adamw")
     mine.param_groups[0]["lr"] = 0.02
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):

@@ -70,7 +70,7 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(device, getattr(torch, args.dtype)).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], path)
-    meta, _, response_token = open_examples(folder, path, checkpoint)
+    meta, _, response_token, _ = open_examples(folder, path, checkpoint)
     block_size = model.config.block_size
     data = ExampleFile(folder / "val.bin", meta, response_token, block_size, block_size)
     examples = [tuple(map(np.ndarray.tolist, data.example(i))) for i in sorted(data.packed)[: args.num]]
