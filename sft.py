@@ -43,6 +43,11 @@ class Settings(ShapeSettings, LoopSettings):
     lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
     merge: bool = False  # no training: write out_dir/merged.pt, the newest checkpoint with its adapters merged
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank and not self.init_from:
+            raise UserError(f"lora_rank = {self.lora_rank}: adapters need a pretrained model; set init_from")
+
 
 # ---------------------------------------------------------------------------------------------------
 # LoRA
@@ -265,7 +270,7 @@ def tune(s: Settings) -> None:
     if s.lora_rank:
         add_lora(model, s.lora_rank, s.lora_alpha)
         metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    prompt, _ = val_data.example(val_data.packed[0])
+    prompt, _ = val_data.example(val_data.packed[len(val_data.packed) // 2])  # the first ones are the longest
     train(s, model, train_data, val_data, metadata, prompt=prompt.tolist())
 
 

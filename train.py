@@ -488,7 +488,9 @@ def save(state: TrainState, s: LoopSettings, metadata: dict) -> None:
 
 def print_sample(model: GPT, tokenizer, prompt: list[int], s: LoopSettings) -> None:
     torch.use_deterministic_algorithms(False)  # older PyTorch has no deterministic cumsum for CUDA
-    tqdm.write(generate_text(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0] + "\n")
+    story = generate_text(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0]
+    asked = " | ".join(tokenizer.decode(prompt).splitlines())  # empty without an instruction: the end token has no text
+    tqdm.write((f"[{asked}]\n" if asked else "") + story + "\n")
     torch.use_deterministic_algorithms(s.deterministic)
 
 

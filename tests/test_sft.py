@@ -374,6 +374,7 @@ def test_a_new_model_needs_no_pretrained_one(tiny_sft, tmp_path):
         assert stories("--ckpt", tmp_path / "whole", "--num", 1, "--max_new_tokens", 20, *options).strip()
     done = tune_here("", tiny_sft, tmp_path / "bad", **new | {"n_head": 3, "n_kv_head": 2})
     assert_one_line_error(done, "n_head", "n_kv_head")
+    assert_one_line_error(tune_here("", tiny_sft, tmp_path / "bad", **new, lora_rank=2), "lora_rank", "init_from")
 
 
 def start(*paths, launcher=(), **changes):
@@ -435,6 +436,8 @@ def test_stories_told_on_the_way_answer_an_instruction_that_fits(where, pretrain
     assert (long[0], long[402 - 1], long[-1]) == (4, 5, 2)
     done = tune_here(pretrained, folder, tmp_path / "out", max_iters=2, sample_interval=1)
     assert done.returncode == 0, done.stderr
+    asked = {line for line in done.stdout.splitlines() if line.startswith("[") and line.endswith("]")}
+    assert len(asked) == 1 and any(name in asked.pop() for name in ("词汇：", "特点：", "摘要：", "随机句子："))
     assert read_checkpoint(tmp_path / "out")["step"] == 2
 
 
