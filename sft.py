@@ -1,10 +1,10 @@
 """Instruction tuning: teach a pretrained model, or a new one, to write the story it is asked for.
 
     python prepare.py --task sft --tokenizer data/demo/tokenizer.model
-    python sft.py config/demo_sft.py                                          a new model
-    python sft.py config/demo_sft.py --init_from=out/demo --out_dir=out/trial   from a pretrained one
-    python sft.py config/demo_sft.py --init_from=out/demo --out_dir=out/trial --lora_rank=8
-    python sft.py config/demo_sft.py --out_dir=out/trial --merge=True
+    python sft.py config/demo_sft.py                                          from the pretrained out/demo
+    python sft.py config/first.py                                             from a new model
+    python sft.py config/demo_sft.py --out_dir=out/trial --lora_rank=8        only adapters
+    python sft.py config/demo_sft.py --out_dir=out/trial --merge=True         merge them
 
 The loop is `train.train`. New here: LoRA, and the data. Several examples are packed into a sequence, none of which
 attends to another, and only the tokens of the responses count in the loss.
@@ -34,7 +34,7 @@ from train import LoopSettings, ShapeSettings, ShuffledDataset, new_model, open_
 
 @dataclass
 class Settings(ShapeSettings, LoopSettings):
-    """The loop's settings, which weights to train, and what counts. The model's shape is that of the checkpoint."""
+    """The loop's settings, where the weights come from, and what counts. The shape is for a new model only."""
 
     init_from: str = "out/demo"  # the pretrained checkpoint, or a run's folder for its newest; empty: a new model
     word_weight: float = setting(1.0, fixed=True)  # the loss counts this often where a required word is first named

@@ -8,9 +8,9 @@ start=$SECONDS
 [ -e data/demo/meta.json ] || python prepare.py
 [ -e data/demo_sft/meta.json ] || python prepare.py --task sft --tokenizer data/demo/tokenizer.model
 python sft.py config/first.py --resume=True
-# A model this small writes more coherent stories at a low temperature.
-printf '\n== stories\n'
-python sample.py --ckpt out/first --num 2 --temperature 0.5
+# A model this small writes more coherent stories at a low temperature. There many begin alike, so give a beginning.
+printf '\n== stories that begin with 小兔\n'
+python sample.py --ckpt out/first --prompt 小兔 --num 2 --temperature 0.5
 printf '\n== a story with 帽子 and 消防员\n'
 python sample.py --ckpt out/first --words 帽子,消防员 --num 1 --temperature 0.5
 printf '\n== the best of eight\n'
