@@ -176,7 +176,7 @@ def test_missing_file_and_folder(refused, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_our_own_configs_load(path):
-    kind = {"sft": sft.Settings, "dpo": dpo.Settings}.get(path.stem.rpartition("_")[2], Settings)
+    kind = {"first": sft.Settings, "sft": sft.Settings, "dpo": dpo.Settings}.get(path.stem.rpartition("_")[2], Settings)
     assert load_settings([str(path)], kind, "") != kind()
 
 

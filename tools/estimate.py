@@ -47,11 +47,11 @@ class Estimate:
         return self.steps * max(products, self.bytes_per_step / (bandwidth * 1e9)) / 3600
 
 
-def shape_of(path: Path) -> Settings:
-    """The settings of the pretraining config that a config builds on: its own, or that of the run it starts from."""
+def shape_of(path: Path) -> Settings | SftSettings:
+    """The settings of the config that makes a config's model: its own, or those of the run it starts from."""
     values = read_config(str(path))
-    if "init_from" not in values:
-        return load_settings([str(path)], Settings, "")
+    if not values.get("init_from"):
+        return load_settings([str(path)], SftSettings if "init_from" in values else Settings, "")
     source = path.with_name(Path(values["init_from"]).name + ".py")
     if not source.exists():
         raise UserError(f"{path}: starts from {values['init_from']}, but {source} is not there to tell its shape")
