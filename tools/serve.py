@@ -25,6 +25,7 @@ import hashlib
 import ipaddress
 import json
 import math
+import os
 import queue
 import random
 import re
@@ -421,3 +422,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     run(main)
+    # All is closed. On a busy machine a thread of PyTorch has been seen to abort the process while it is taken down.
+    sys.stdout.flush()
+    os._exit(0)
