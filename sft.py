@@ -224,10 +224,11 @@ class ExampleFile(ShuffledDataset):
 # The run
 
 
-def open_examples(folder: Path, source: Path | None = None, checkpoint: dict | None = None) -> tuple:
+def open_examples(folder: Path, source: Path, checkpoint: dict | None) -> tuple[dict, str, int, bytes]:
     """meta.json of prepared instructions, their template, its token before a response, and the tokenizer's bytes.
 
-    Raises UserError if the folder was not prepared for the model of `checkpoint`, which was read from `source`.
+    Raises UserError if the folder was not prepared for the model of `checkpoint`, which was read from `source`. A new
+    model has no checkpoint, and takes the tokenizer of the folder.
     """
     meta, tokenizer = read_meta(folder)
     if not isinstance(template := meta.get("template"), str):

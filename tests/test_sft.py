@@ -196,7 +196,7 @@ def test_loss_of_a_row_is_that_of_its_examples_alone(tiny_sft, pretrained):
 
 
 def found_first(word, pieces):
-    """The tokens, by their texts, that hold the first occurrence of a word, looked for character by character."""
+    """The numbers of the tokens that hold the first occurrence of a word, given the texts of all tokens."""
     owner = [i for i, piece in enumerate(pieces) for _ in piece]
     at = "".join(pieces).find(word)
     return set(owner[at : at + len(word)]) if at >= 0 else set()
