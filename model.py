@@ -36,21 +36,18 @@ class ModelConfig:
     qk_norm: bool = True
 
     def __post_init__(self):
-        for name in list(vars(self))[:8]:  # the fields up to intermediate_size are counts
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of numbers")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta ({self.rope_theta}) must be above 0")
-        if self.block_size > 1 << 20:
-            raise ValueError(f"block_size ({self.block_size}) must be at most {1 << 20}")
+        if not 0 < self.block_size <= 1 << 20:
+            raise ValueError(f"block_size ({self.block_size}) must be above 0 and at most {1 << 20}")
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosines and sines of RoPE (Su et al. 2021, arXiv:2104.09864, equation 15), each (block_size, D).
+    """Cosines and sines of RoPE, each (block_size, D) (Su et al. 2021, arXiv:2104.09864, equation 15).
 
     Position t rotates the pair (i, i + D/2) of every query and key by the angle t * theta^(-2i/D).
     The product of a rotated query and a rotated key depends only on the distance of their positions.
@@ -65,27 +62,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate x, (B, heads, T, D), by the angles of cos and sin, each (T, D) or (B, 1, T, D)."""
     left, right = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
     return x * cos + torch.cat((-right, left), dim=-1) * sin
-
-
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D)) v, where mask, (B, 1, T, S), is True; without a mask, causal.
-
-    q: (B, H, T, D), k and v: (B, H, S, D). Returns (B, H, T, D).
-    `F.scaled_dot_product_attention` computes the same; on a CPU its backward pass takes three times as long.
-    Queries are taken in four blocks, each with the keys up to its end: most of the masked half is never computed.
-    """
-    T, S = q.size(2), k.size(2)
-    if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
-    blocks, size = [], math.ceil(T / 4)
-    with torch.autocast(q.device.type, enabled=False):  # autocast would store the probabilities in float32
-        for start in range(0, T, size):
-            here = slice(start, start + size)
-            end = start + size if S == T else S  # with a cache only the mask knows what is visible
-            scores = (q[:, :, here] * q.size(3) ** -0.5) @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
-            scores = scores.masked_fill(~mask[..., here, :end], -torch.inf)  # (B, H, size, end)
-            blocks.append(scores.softmax(dim=-1) @ v[:, :, :end])  # (B, H, size, D)
-    return torch.cat(blocks, dim=2)  # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -110,21 +86,17 @@ class Attention(nn.Module):
         # Norm and rotation in the dtype of the angles: float32 under autocast, bfloat16 if the whole model is.
         q = rotate(self.q_norm(q.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, H, T, D)
         k = rotate(self.k_norm(k.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, K, T, D)
-        if cache is not None:
-            # New keys and values are written at their positions; the mask hides positions not reached yet.
+        if cache is not None:  # write the new keys and values at their positions; attend to the whole cache
             index = torch.arange(B, device=x.device)[:, None]  # (B, 1)
             cache[0][index, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
             cache[1][index, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
             k, v = cache  # (B, K, S, D) each
-        shared = q.size(1) != k.size(1)
-        if shared and (x.is_cpu or (cache is None and (mask is not None or v.dtype == torch.float32))):
-            # `attend` needs one key head for each query head; so do CUDA's fused kernels with a mask or in float32.
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
-            shared = False
         if x.is_cpu:
-            y = attend(q, k, v, mask)  # (B, H, T, D)
+            y = attend_on_cpu(q, k, v, mask)  # (B, H, T, D), the same, faster
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)  # (B, H, T, D)
+            if cache is None and (mask is not None or v.dtype == torch.float32):  # CUDA's fused kernels lack GQA here
+                k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -142,7 +114,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention mixes tokens, SwiGLU transforms each; both are added to the residual stream."""
+    """Attention mixes tokens, SwiGLU transforms each; both are added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -156,54 +128,8 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # (B, T, C)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy of x @ weight.T and targets, without all logits in memory at once.
-
-    The logits, (N, V), would be the largest tensor of a training step. Their gradient is known as soon as they are
-    (softmax minus one at the target). So forward computes the logits of LOGITS_PER_CHUNK tokens at a time, turns
-    them into the gradients of x and weight, and drops them. `F.linear_cross_entropy` does the same, but returns the
-    sum in the dtype of x: in bfloat16 a loss of 2.31 and one of 2.32 are the same number.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, loss_weights=None):
-        total = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        size = LOGITS_PER_CHUNK[x.device.type]
-        for start in range(0, x.size(0), size):
-            chunk, target = x[start : start + size], targets[start : start + size, None]  # (R, C), (R, 1)
-            counts = (target != IGNORE).float()  # (R, 1)
-            if loss_weights is not None:
-                counts = counts * loss_weights[start : start + size, None]  # (R, 1)
-            log_p = F.linear(chunk, weight).float().log_softmax(dim=-1)  # (R, V)
-            # Not in place: PyTorch 2.11 compiled that to gradients that are all 0.
-            total = total - (log_p.gather(1, target.clamp(min=0)) * counts).sum()
-            one_hot = torch.arange(weight.size(0), device=x.device) == target  # (R, V)
-            grad = ((log_p.exp() - one_hot.float()) * counts).to(x.dtype)  # (R, V)
-            grad_x[start : start + size] = grad @ weight
-            grad_weight += grad.t() @ chunk
-        ctx.save_for_backward(grad_x, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_output, grad_weight * grad_output, None, None
-
-
-def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss_weights=None) -> torch.Tensor:
-    """The sum, in nats and float32, of the cross entropies of hidden states x, (N, C), and targets, (N,).
-
-    With loss_weights, (N,), each is multiplied by its own.
-    """
-    if torch.is_autocast_enabled(x.device.type):  # matrices multiplied by hand must be cast by hand
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return ChunkedCrossEntropy.apply(x, weight, targets, loss_weights)
-
-
 class GPT(nn.Module):
-    """Tokens in, logits of the next token (or the loss) out. The embedding is tied to the output matrix."""
+    """Tokens in, logits of the next token out. The embedding is tied to the output matrix."""
 
     cos: torch.Tensor  # buffers, declared for the type checker
     sin: torch.Tensor
@@ -220,7 +146,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal(0, 0.02); projections into the residual stream are scaled down by depth (GPT-2, section 2.3)."""
+        """Normal(0, 0.02); projections into the residual stream less, by depth (GPT-2, section 2.3)."""
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 continue  # RMSNorm's weights start at 1
@@ -232,10 +158,12 @@ class GPT(nn.Module):
     def hidden(self, tokens, documents=None, positions=None, cache=None):
         """The final hidden states, (B, T, C), of tokens, (B, T).
 
-        A token attends to itself and all tokens before it; with documents, (B, T), ids of the texts packed into a
-        sequence, only to those of its own text. positions, (B, T), default to 0, 1, 2, …
-        cache comes from `new_cache`: keys and values of `positions` are written into it.
+        A token attends to itself and all tokens before it; with documents, (B, T), ids of texts, only to those of its
+        own text. positions, (B, T), default to 0, 1, 2, …
+        cache comes from `new_cache`. It needs positions: where the keys and values of the tokens are written, and how
+        far each token sees; positions after it may hold nothing yet, or padding.
         """
+        assert cache is None or (positions is not None and documents is None)
         mask = None
         if positions is None:
             cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]  # (T, D)
@@ -249,36 +177,36 @@ class GPT(nn.Module):
             mask = (cached <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         x = self.embedding(tokens)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache and cache[layer], positions)  # (B, T, C)
+            x = block(x, cos, sin, mask, None if cache is None else cache[layer], positions)  # (B, T, C)
         return self.norm(x)  # (B, T, C)
 
-    def forward(
-        self,
-        tokens,
-        targets=None,
-        documents=None,
-        positions=None,
-        cache=None,
-        last=None,
-        reduction="sum",
-        loss_weights=None,
-    ):
-        """Without targets: logits, (B, T, V), or with last, (B,), only those of that position, (B, 1, V).
-
-        With targets, (B, T): the cross entropy, in nats, summed over all targets that are not IGNORE, each multiplied
-        by its loss weight if there are loss_weights, (B, T). With reduction="per_sequence": summed over each sequence,
-        (B,), without weights, which takes the memory of all logits.
-        """
+    def forward(self, tokens, documents=None, positions=None, cache=None, last=None):
+        """Logits of the next token, (B, T, V); with last, (B,), only at these positions, (B, 1, V)."""
         x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
         if last is not None:
             x = x.gather(1, last[:, None, None].expand(-1, 1, x.size(2)))  # (B, 1, C)
-        if targets is None:
-            return F.linear(x, self.embedding.weight)  # (B, T, V)
-        if reduction == "per_sequence":
-            logits = F.linear(x, self.embedding.weight).float()  # (B, T, V)
-            return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
-        loss_weights = None if loss_weights is None else loss_weights.flatten()  # (B * T,)
-        return summed_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten(), loss_weights)
+        return F.linear(x, self.embedding.weight)  # (B, T, V)
+
+    def loss(self, tokens, targets, documents=None, positions=None):
+        """The cross entropy in nats, summed over all targets, (B, T), that are not IGNORE. Returns (), float32.
+
+        F.cross_entropy(self(tokens), targets, ignore_index=IGNORE, reduction="sum"), without all logits in memory.
+        A sum, so that the caller divides once, by all targets of a step: then each token weighs the same in whichever
+        micro-batch it is.
+        """
+        x = self.hidden(tokens, documents, positions).flatten(0, 1)  # (B * T, C)
+        weight, targets = self.embedding.weight, targets.flatten()  # (V, C), (B * T,)
+        if x.is_cpu and not torch.compiler.is_compiling():  # elsewhere it costs more than it saves
+            here = targets != IGNORE  # (B * T,)
+            x, targets = x[here], targets[here]  # (N, C), (N,)
+        if torch.is_autocast_enabled(x.device.type):  # matrices multiplied by hand must be cast by hand
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        if torch.is_grad_enabled():
+            return ChunkedCrossEntropy.apply(x, weight, targets)
+        return sum(
+            (loss for *_, loss in chunked_cross_entropy(x, weight, targets)), x.new_zeros((), dtype=torch.float32)
+        )
 
     def new_cache(self, batch_size: int, length: int, dtype=torch.float32) -> list:
         """An empty KV cache of `length` positions: for each layer two tensors, (B, K, S, D)."""
@@ -293,10 +221,72 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating point operations of training on one token of a sequence of `length` tokens.
 
-        Each weight of a matrix takes a multiplication and an addition forward and twice that backward: 6
-        (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). A token attends to length / 2 others on average:
-        6 * length * H * D for each layer; the masked half does not count.
+        Each weight of a matrix takes 2 forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+        A token attends to length / 2 others on average: 6 * length * H * D for each layer.
         """
         c = self.config
         weights = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         return 6 * weights + 6 * c.n_layer * length * c.n_head * c.head_dim
+
+
+# ---------------------------------------------------------------------------------------------------
+# The fast paths: what they compute is written in `Attention.forward` and `GPT.loss`
+
+
+def attend_on_cpu(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v, where mask, (B, 1, T, S), is True; without a mask, causal.
+
+    q: (B, H, T, D), k and v: (B, K, S, D). Returns (B, H, T, D).
+    On a CPU the backward pass of `F.scaled_dot_product_attention` takes three times as long.
+    Queries are taken in four blocks, each with the keys up to its end: less of the masked half is computed.
+    """
+    T, S = q.size(2), k.size(2)
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
+    blocks, size = [], math.ceil(T / 4)
+    with torch.autocast(q.device.type, enabled=False):  # autocast would store the probabilities in float32
+        for start in range(0, T, size):
+            here = slice(start, start + size)
+            end = start + size if S == T else S  # with a cache only the mask knows what is visible
+            scores = (q[:, :, here] * q.size(3) ** -0.5) @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
+            scores = scores.masked_fill(~mask[..., here, :end], -torch.inf)  # (B, H, size, end)
+            blocks.append(scores.softmax(dim=-1) @ v[:, :, :end])  # (B, H, size, D)
+    return torch.cat(blocks, dim=2)  # (B, H, T, D)
+
+
+def chunked_cross_entropy(x, weight, targets):
+    """For LOGITS_PER_CHUNK tokens at a time: their slice, log-probabilities, and summed loss."""
+    size = LOGITS_PER_CHUNK[x.device.type]
+    for start in range(0, x.size(0), size):
+        here = slice(start, start + size)
+        log_p = F.linear(x[here], weight).float().log_softmax(dim=-1)  # (R, V)
+        yield here, log_p, F.nll_loss(log_p, targets[here], ignore_index=IGNORE, reduction="sum")
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross entropy of x @ weight.T, (N, V), and targets, (N,).
+
+    The logits would be the largest tensor of a training step. Their gradient is known as soon as they are: softmax
+    minus one at the target. So forward turns each chunk of logits into gradients of x and weight, and drops it.
+    `F.linear_cross_entropy` does so too, but returns the sum in the dtype of x: too coarse in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for here, log_p, loss in chunked_cross_entropy(x, weight, targets):
+            total = total + loss  # not in place: PyTorch 2.11 compiled that to gradients that are all 0
+            target = targets[here, None]  # (R, 1)
+            one_hot = (torch.arange(weight.size(0), device=x.device) == target).float()  # (R, V)
+            grad = ((log_p.exp() - one_hot) * (target != IGNORE)).to(x.dtype)  # (R, V)
+            grad_x[here] = grad @ weight
+            grad_weight += grad.t() @ x[here]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_output, grad_weight * grad_output, None

@@ -13,14 +13,10 @@ Writes into out_dir, which appears complete or not at all:
 """
 
 import argparse
-import collections
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -29,145 +25,119 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
-from common.files import atomic_write, json_checksum, locked, sync_folder
-from common.settings import Parser, UserError, run
-from common.tokenizer import CONTROL_TOKENS, clean, load_tokenizer, template_for, template_tokens, text_digest
+from common.files import (
+    CONTROL_TOKENS,
+    TEMPLATE,
+    Parser,
+    UserError,
+    atomic_write,
+    clean,
+    load_tokenizer,
+    locked,
+    report_errors,
+    sync_folder,
+    template_tokens,
+)
 from stories.constraints import NAMES
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import LONGEST, describe_texts, find_inputs, items_of, read_blocks
-from stories.records import LeftOut, examples_of, story_of
+from stories.read import LONGEST, describe_texts, find_inputs, read_blocks, records_of
+from stories.records import LeftOut, examples_of, story_of, text_digest
 
 SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
 CORES = min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
+NEEDED = "0.2.3"  # an older sentencepiece aborts while it trains some tokenizers
 
 
-# ---------------------------------------------------------------------------------------------------
-# Cleaning and encoding, in worker processes, a block of input at a time
+# ---- Cleaning and encoding, in worker processes, a block of input at a time ------------------------
 
 
-def items_of_record(record, where: str, args: argparse.Namespace) -> list[tuple[str, tuple[str, ...]]]:
-    """(form, texts) of a record: its story; for --task sft, an instruction and a story, perhaps several times.
-
-    The form names the keys that were read. A record that is left out has the reason instead, and no texts.
-    """
-    if args.task != "sft":
-        return [("text" if isinstance(record, str) else args.text_key, (story_of(record, where, args.text_key),))]
+def clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts of an example, cleaned. Raises LeftOut."""
     try:
-        form, examples = examples_of(record, where, args.text_key, args.augment)
-    except LeftOut as reason:
-        return [(str(reason), ())]
-    return [(form, example) for example in examples]
+        texts = tuple(map(clean, texts))
+    except UnicodeEncodeError:
+        raise LeftOut("not_unicode") from None
+    if not all(texts):
+        raise LeftOut("empty")
+    if any("\u2581" in text for text in texts):  # SentencePiece writes a space so, and would decode it to a space
+        raise LeftOut("unencodable")
+    return texts
 
 
-def clean_block(block: tuple, extract) -> tuple[list[tuple[str, ...]], collections.Counter, collections.Counter]:
-    """The cleaned texts of a block, the story last in each; how many were dropped for which reason; and how many
-    had which form."""
-    cleaned, dropped, forms = [], collections.Counter[str](), collections.Counter[str]()
-    for form, texts in items_of(block, extract):
-        if not texts:
-            dropped[form] += 1
-            continue
-        forms[form] += 1
+def read_texts(block: tuple, args: argparse.Namespace) -> tuple[list[tuple[str, ...]], Counter[str]]:
+    """The cleaned texts of a block: a story each; for --task sft, an instruction and a story.
+
+    The second result counts the records that are left out, by reason.
+    """
+    found, dropped = list[tuple[str, ...]](), Counter[str]()
+    for where, record in records_of(block):
         try:
-            texts = tuple(map(clean, texts))
-        except UnicodeEncodeError:
-            dropped["not_unicode"] += 1
-            continue
-        if not all(texts):
-            dropped["empty"] += 1
-        elif any("\u2581" in text for text in texts):  # SentencePiece writes a space as this character, and would
-            dropped["unencodable"] += 1  # decode it to a space
-        else:
-            cleaned.append(texts)
-    return cleaned, dropped, forms
+            if args.task == "sft":
+                examples = examples_of(record, where, args.text_key, args.augment)
+                found += [clean_texts(texts) for texts in examples]
+            else:
+                found.append(clean_texts((story_of(record, where, args.text_key),)))
+        except LeftOut as reason:
+            dropped[str(reason)] += 1
+    return found, dropped
 
 
-def sample_block(block_and_limit: tuple, extract) -> dict[int, str]:
+def sample_block(block: tuple, args: argparse.Namespace, limit: int) -> dict[int, str]:
     """{digest: story} of the stories of a block whose digest is at least the limit."""
-    block, limit = block_and_limit
-    return {n: story for *_, story in clean_block(block, extract)[0] if (n := text_digest(story)) >= limit}
+    texts, _ = read_texts(block, args)
+    return {digest: story for *_, story in texts if (digest := text_digest(story)) >= limit}
 
 
-tokenizer: sentencepiece.SentencePieceProcessor  # start_worker sets these two in each worker process
-frames: Sequence[list[int]]
+class EncodedText(NamedTuple):
+    """A story, or an instruction and its story, as it stands in a token file."""
+
+    digest: int
+    story_digest: int  # of the story alone
+    tokens: bytes  # uint16
+    characters: int
+    utf8_bytes: int
+    change: str  # what the tokenizer does to the text, which should be nothing
 
 
-@dataclass
-class LossyTokens:
-    """What a tokenizer loses: texts that come back changed, and an example."""
-
-    texts: int = 0
-    changed: int = 0
-    unknown: int = 0  # tokens
-    example: str = ""
-
-    def add(self, texts: Sequence[str], encoded: list[list[int]]) -> None:
-        """Compare texts with what their tokens decode to."""
-        unknown = tokenizer.unk_id()
-        for text, ids, decoded in zip(texts, encoded, tokenizer.decode(encoded), strict=True):
-            self.texts += 1
-            self.unknown += ids.count(unknown)
-            if decoded != text:
-                self.changed += 1
-                at = max(0, next((i for i, (a, b) in enumerate(zip(text, decoded)) if a != b), len(decoded)) - 4)  # noqa: B905
-                self.example = self.example or f"{text[at : at + 12]!r} becomes {decoded[at : at + 12]!r}"
-
-    def merge(self, other: "LossyTokens") -> None:
-        self.texts, self.changed = self.texts + other.texts, self.changed + other.changed
-        self.unknown, self.example = self.unknown + other.unknown, self.example or other.example
-
-    def __str__(self) -> str:
-        share = self.changed / max(1, self.texts)
-        return (
-            f"changes {self.changed:,} of {self.texts:,} texts ({share:.2%}): {self.example}; {self.unknown:,} unknown "
-            "tokens"
-        )
+def change_in(text: str, decoded: str) -> str:
+    """Where a text and what its tokens decode to differ first; "" if they do not."""
+    if text == decoded:
+        return ""
+    at = next((i for i in range(len(decoded)) if text[i : i + 1] != decoded[i]), len(decoded))
+    around = slice(max(0, at - 4), at + 8)
+    return f"{text[around]!r} becomes {decoded[around]!r}"
 
 
-@dataclass
-class EncodedBlock:
-    """The N texts of a block as tokens."""
-
-    digests: np.ndarray  # (N,) of the texts
-    story_digests: np.ndarray  # (N,) of their stories alone
-    lengths: np.ndarray  # (N, 3): tokens, characters, bytes
-    tokens: np.ndarray  # of all texts, one after the other
-    dropped: collections.Counter
-    forms: collections.Counter
-    losses: LossyTokens
+cached_tokenizer = functools.cache(load_tokenizer)  # a worker gets the same bytes with every block
 
 
-def encode_block(block: tuple, extract, check: bool = True) -> EncodedBlock:
-    """Clean and encode a block. With `check` its texts are compared with what their tokens decode to."""
-    texts, dropped, forms = clean_block(block, extract)
-    parts = list(zip(*texts, strict=True))  # all instructions, then all stories
-    encoded = [tokenizer.encode(list(part)) for part in parts]
-    losses = LossyTokens()
-    for part, ids_of_part in zip(parts, encoded, strict=True) if check else ():
-        losses.add(part, ids_of_part)
-    flat, ids = itertools.chain.from_iterable, []
-    for ids_of_text in zip(*encoded, strict=True):
-        ids.append([*flat(flat(zip(frames, ids_of_text, strict=True))), tokenizer.eos_id()])
-    lengths = [
-        (len(i), sum(map(len, t)), sum(len(part.encode()) for part in t)) for i, t in zip(ids, texts, strict=True)
-    ]
-    return EncodedBlock(
-        np.array([text_digest(*t) for t in texts], dtype=np.uint64),
-        np.array([text_digest(t[-1]) for t in texts], dtype=np.uint64),
-        np.array(lengths, dtype=np.int64).reshape(-1, 3),
-        np.fromiter(flat(ids), dtype=np.uint16),
-        dropped,
-        forms,
-        losses,
-    )
+def encode_block(
+    block: tuple, args: argparse.Namespace, model: bytes, frames
+) -> tuple[list[EncodedText], Counter[str]]:
+    """Clean and encode the texts of a block. `frames` holds the control tokens before each part of a text."""
+    tokenizer, encoded = cached_tokenizer(model, "tokenizer"), []
+    found, dropped = read_texts(block, args)
+    for texts in found:
+        ids, change = list[int](), ""
+        for frame, text in zip(frames, texts, strict=True):
+            part = tokenizer.encode(text)
+            ids += [*frame, *part]
+            if args.tokenizer:  # a new tokenizer is one that changes nothing (see train_tokenizer)
+                change = change or change_in(text, tokenizer.decode(part))
+        tokens = np.array([*ids, tokenizer.eos_id()], "<u2").tobytes()
+        size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+        encoded.append(EncodedText(text_digest(*texts), text_digest(texts[-1]), tokens, *size, change))
+    return encoded, dropped
 
 
 def exit_with(parent) -> None:
@@ -176,29 +146,44 @@ def exit_with(parent) -> None:
     os._exit(1)
 
 
-def start_worker(model: bytes = b"", before: Sequence[list[int]] = ()) -> None:
-    """Initialise a worker process: it ends with its parent, leaves Ctrl-C to it, and gets the tokenizer and the
-    control tokens that stand before each part of a text."""
-    global tokenizer, frames
+def start_worker() -> None:
+    """Initialise a worker process: it ends with its parent, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    if model:
-        tokenizer, frames = sentencepiece.SentencePieceProcessor(model_proto=model), before
 
 
-def in_order(workers: concurrent.futures.Executor, function, blocks, *args):
-    """Like workers.map, but reads only a few blocks ahead, so that memory does not grow with the input."""
-    waiting = collections.deque[concurrent.futures.Future]()
-    for block in blocks:
-        waiting.append(workers.submit(function, block, *args))
-        if len(waiting) > 2 * (os.cpu_count() or 1):
+def in_order(workers: ProcessPoolExecutor, function, calls):
+    """The results of function(*arguments) for each of `calls`, in order. Raises UserError if a worker dies.
+
+    Only a few calls are read ahead, so that memory does not grow with the input.
+    """
+    waiting, processes = deque[Future](), set()
+    try:
+        for arguments in calls:
+            waiting.append(workers.submit(function, *arguments))
+            processes.update(multiprocessing.active_children())
+            if len(waiting) > 2 * CORES:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    except BrokenProcessPool:
+        workers.shutdown()  # which sends SIGTERM to those that still live, and waits
+        raise UserError(dead_worker([process.exitcode for process in processes])) from None
 
 
-# ---------------------------------------------------------------------------------------------------
-# The tokenizer
+def dead_worker(exit_codes: list[int | None]) -> str:
+    """What is known of a worker process that ended without an error of its own, given the exit codes of all."""
+    message, version = "a worker process ended abruptly", sentencepiece.__version__
+    for code in exit_codes:
+        if code and code != -signal.SIGTERM:
+            message += f", by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f", with exit status {code}"
+            break
+    if [*map(int, re.findall(r"\d+", version)[:3])] < [*map(int, NEEDED.split("."))]:
+        message += f"; sentencepiece is {version}: pip install 'sentencepiece>={NEEDED}'"
+    return message
+
+
+# ---- The tokenizer ---------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts, vocab_size: int) -> bytes:
@@ -234,15 +219,15 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def sample_stories(workers, files: list[Path], extract, val_fraction: float) -> list[str]:
+def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argparse.Namespace) -> list[str]:
     """About SAMPLE characters of training stories, a fair sample of all files whatever their order and size.
 
     The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever they
     are too many, the range above the limit is halved. Raises UserError if there are none.
     """
-    sample, limit = dict[int, str](), int(val_fraction * 2**64)
-    blocks = ((block, limit) for block in read_blocks(files, extract, "reading"))
-    for found in in_order(workers, sample_block, blocks, extract):
+    sample, limit = dict[int, str](), int(args.val_fraction * 2**64)
+    calls = ((block, args, limit) for block in read_blocks(files, "reading"))
+    for found in in_order(workers, sample_block, calls):
         sample |= {n: story for n, story in found.items() if n >= limit}
         while sum(map(len, sample.values())) > SAMPLE:
             limit += (2**64 - limit) // 2
@@ -252,107 +237,85 @@ def sample_stories(workers, files: list[Path], extract, val_fraction: float) -> 
     return [sample[n] for n in sorted(sample)]
 
 
-def make_tokenizer(files: list[Path], extract, args: argparse.Namespace) -> bytes:
+def make_tokenizer(files: list[Path], args: argparse.Namespace) -> bytes:
     """The file given with --tokenizer, or a new tokenizer trained on the stories. Raises UserError."""
     if args.tokenizer:
-        model = args.tokenizer.read_bytes()
-        load_tokenizer(model, args.tokenizer)
-        return model
-    with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker) as workers:
-        texts = sample_stories(workers, files, extract, args.val_fraction)
+        return args.tokenizer.read_bytes()
+    with ProcessPoolExecutor(args.workers, None, start_worker) as workers:
+        texts = sample_stories(workers, files, args)
         print(f"training a tokenizer on {sum(map(len, texts)):,} characters", flush=True)
         # In a worker process, whose memory is free again when it ends.
-        model = workers.submit(train_tokenizer, texts, args.vocab_size).result()
-    if (size := load_tokenizer(model, "the new tokenizer").vocab_size()) < args.vocab_size:
-        print(f"the corpus fills only {size:,} of the {args.vocab_size:,} pieces asked for")
+        (model,) = in_order(workers, train_tokenizer, [(texts, args.vocab_size)])
     return model
 
 
-# ---------------------------------------------------------------------------------------------------
-# Duplicates and token files
-
-
-class SeenDigests:
-    """The digests so far, in a few sorted arrays: 8 bytes each, a fifteenth of what a set takes."""
-
-    def __init__(self):
-        self.arrays: list[np.ndarray] = []
-
-    def add(self, digests: np.ndarray) -> np.ndarray:
-        """Add digests, (N,). Returns which of them occur here for the first time, (N,) bool."""
-        distinct, first = np.unique(digests, return_index=True)
-        known = np.zeros(len(distinct), dtype=bool)
-        for array in self.arrays:
-            known |= array[np.searchsorted(array, distinct).clip(max=len(array) - 1)] == distinct
-        new = np.zeros(len(digests), dtype=bool)
-        new[first[~known]] = True
-        if new.any():
-            self.arrays.append(distinct[~known])
-        # Merging similar sizes keeps the arrays few.
-        while len(self.arrays) > 1 and len(self.arrays[-2]) < 2 * len(self.arrays[-1]):
-            self.arrays.append(np.sort(np.concatenate((self.arrays.pop(), self.arrays.pop()))))
-        return new
+# ---- From inputs to a folder -----------------------------------------------------------------------
 
 
 def write_bins(blocks, folder: Path, args: argparse.Namespace) -> dict:
-    """Write the texts of encoded blocks to train.bin and val.bin, each text once. Returns counts and checksums.
+    """Write the texts of encoded blocks to train.bin and val.bin, each text once. Returns what was counted.
 
     The digest of its story decides a text's split, so it never depends on file names or order. Raises UserError if
-    the tokenizer loses too much.
+    the tokenizer changes too much.
     """
-    border, seen, losses = np.uint64(args.val_fraction * 2**64), SeenDigests(), LossyTokens()
-    counts = {split: np.zeros(4, int) for split in ("train", "val")}
-    checksums = {split: hashlib.sha256() for split in ("train", "val")}
-    dropped, forms = collections.Counter[str](), collections.Counter[str]()
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for block in blocks:
-            dropped += block.dropped
-            forms += block.forms
-            losses.merge(block.losses)
-            if losses.texts >= 10_000:  # do not wait for the end of millions
-                check_losses(losses, args)
-            new = seen.add(block.digests)
-            dropped["duplicate"] += int((~new).sum())
-            in_val = block.story_digests < border
-            for split, file, selected in (("train", train, new & ~in_val), ("val", val, new & in_val)):
-                data = block.tokens[np.repeat(selected, block.lengths[:, 0])].astype("<u2").tobytes()
-                file.write(data)
-                checksums[split].update(data)
-                counts[split] += (selected.sum(), *block.lengths[selected].sum(axis=0))
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
-    check_losses(losses, args)
-    meta: dict = {}
+    border, seen = int(args.val_fraction * 2**64), set[int]()
+    dropped = Counter(duplicate=0, empty=0, not_unicode=0, unencodable=0)
+    counts = {split: dict.fromkeys(("stories", "tokens", "characters", "bytes"), 0) for split in ("train", "val")}
+    checksums = {split: hashlib.sha256() for split in counts}
+    total, changed, example, changes = 0, 0, "", ""
+    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
+        for texts, dropped_of_block in blocks:
+            dropped.update(dropped_of_block)
+            for text in texts:
+                total += 1
+                changed += bool(text.change)
+                example = example or text.change
+                if text.digest in seen:
+                    dropped["duplicate"] += 1
+                    continue
+                seen.add(text.digest)
+                split = "val" if text.story_digest < border else "train"
+                (val if split == "val" else train).write(text.tokens)
+                checksums[split].update(text.tokens)
+                count = counts[split]
+                count["stories"] += 1
+                count["tokens"] += len(text.tokens) // 2
+                count["characters"] += text.characters
+                count["bytes"] += text.utf8_bytes
+            if changed:
+                changes = f"{args.tokenizer}: changes {changed:,} of {total:,} texts ({changed / total:.2%}): {example}"
+            if changed > 10 + 0.01 * total and not args.allow_lossy_tokenizer:
+                raise UserError(f"{changes}; use another tokenizer, or accept this with --allow_lossy_tokenizer")
+    splits = {split: counts[split] | {"sha256": checksums[split].hexdigest()} for split in counts}
+    return splits | {"dropped": dropped, "tokenizer_changes": changes}
+
+
+def check_counts(counts: dict, files: list[Path], args: argparse.Namespace) -> None:
+    """Raise a UserError if there is nothing to write, or if most instructions had to be left out."""
+    kept, dropped = counts["train"]["stories"] + counts["val"]["stories"], counts["dropped"]
+    reasons = {reason: n for reason, n in dropped.items() if n and reason != "duplicate"}
+    listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
+    if not kept:
+        raise UserError(f"{files[0]}: no stories found" + (f" ({listed})" if listed else ""))
+    if args.task == "sft" and sum(reasons.values()) > kept + dropped["duplicate"]:
+        raise UserError(f"{files[0]}: more than half of the records cannot be used ({listed})")
     for split in ("train", "val"):
-        meta[split] = dict(zip(("stories", "tokens", "characters", "bytes"), map(int, counts[split]), strict=True))
-        meta[split]["sha256"] = checksums[split].hexdigest()
-    always = ("duplicate", "empty", "not_unicode", "unencodable")
-    meta["dropped"] = {reason: dropped[reason] for reason in (*always, *sorted(dropped.keys() - set(always)))}
-    return meta | {"forms": dict(forms), "tokenizer_losses": dataclasses.asdict(losses)}
-
-
-def check_losses(losses: LossyTokens, args: argparse.Namespace) -> None:
-    """Raise a UserError if a tokenizer changes more than 1% of the texts, unless that is allowed."""
-    if losses.changed > 0.01 * losses.texts and not args.allow_lossy_tokenizer:
-        advice = "use another tokenizer, or accept this with --allow_lossy_tokenizer"
-        raise UserError(f"{args.tokenizer}: {losses}; {advice}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# From inputs to a folder
+        if not counts[split]["stories"]:
+            left = f"leaves no story for the {split} split"
+            raise UserError(f"--val_fraction {args.val_fraction}: {left}; change it, or add stories")
 
 
 @contextlib.contextmanager
-def replace_folder(folder: Path, made: set[str]):
+def replace_folder(folder: Path):
     """A new folder beside `folder` that takes its name when the body ends, or vanishes if the body fails.
 
-    Raises UserError if one of the folders holds other files than `made`.
+    Raises UserError if one of the folders holds other files than those that prepare.py writes.
     """
+    made = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
     final = Path(os.path.abspath(folder))
     new, old = (final.parent / f"{final.name}.{end}" for end in ("tmp", "old"))
     for present in (folder, new, old):
-        if present.exists() and not {p.name for p in present.iterdir()} <= made:
+        if present.exists() and not {p.name.removesuffix(".tmp") for p in present.iterdir()} <= made:
             raise UserError(f"{present}: holds files that prepare.py did not make; choose another --out_dir")
     if old.exists() and not final.exists():  # a run was killed between the two renames
         os.replace(old, final)
@@ -366,48 +329,40 @@ def replace_folder(folder: Path, made: set[str]):
         os.replace(new, final)
         sync_folder(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        e.filename = e.filename or str(folder)  # the error of a full disk has no file name
-        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def check_dropped(meta: dict, files: list[Path], args: argparse.Namespace) -> None:
-    """Raise a UserError if there is nothing to write, or if most instructions had to be left out."""
-    kept = meta["train"]["stories"] + meta["val"]["stories"]
-    reasons = {reason: n for reason, n in meta["dropped"].items() if n and reason != "duplicate"}
-    listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
-    if not kept:
-        raise UserError(f"{files[0]}: no stories found" + (f" ({listed})" if listed else ""))
-    if args.task == "sft" and sum(reasons.values()) > kept + meta["dropped"]["duplicate"]:
-        raise UserError(f"{files[0]}: more than half of the records cannot be used ({listed})")
+def template_for(tokenizer) -> str:
+    """TEMPLATE; for a tokenizer without our control tokens, a template with its own begin token. Raises UserError."""
+    if all(tokenizer.is_control(tokenizer.piece_to_id(piece)) for piece in CONTROL_TOKENS):
+        return TEMPLATE
+    if tokenizer.bos_id() < 0 or not tokenizer.is_control(tokenizer.bos_id()):
+        raise UserError("this tokenizer has no control token that could mark where an instruction ends")
+    return "{instruction}" + tokenizer.id_to_piece(tokenizer.bos_id()) + "{response}"
 
 
-def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
-    """Write out_dir from the files. Returns what meta.json holds. Raises UserError."""
-    extract = functools.partial(items_of_record, args=args)
-    with replace_folder(out_dir, {"train.bin", "val.bin", "tokenizer.model", "meta.json"}) as folder:
-        model = make_tokenizer(files, extract, args)
-        trained = load_tokenizer(model, args.tokenizer or "the new tokenizer")
-        template = template_for(trained) if args.task == "sft" else None
-        before = template_tokens(template, trained) if template else ([],)
-        with concurrent.futures.ProcessPoolExecutor(args.workers, None, start_worker, (model, before)) as workers:
-            blocks = read_blocks(files, extract, "encoding")
-            # A new tokenizer is one that changes nothing (see train_tokenizer).
-            encoded = in_order(workers, encode_block, blocks, extract, bool(args.tokenizer))
-            meta = write_bins(encoded, folder, args)
-        check_dropped(meta, files, args)
-        for split in ("train", "val"):
-            if not meta[split]["stories"]:
-                advice = "raise it" if split == "val" else "lower it"
-                left = f"leaves no story for the {split} split"
-                raise UserError(f"--val_fraction {args.val_fraction}: {left}; {advice}, or add stories")
-        meta |= {"vocab_size": trained.vocab_size(), "end_token": trained.eos_id(), "template": template}
-        meta |= {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
-        meta |= {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
-        meta |= {"checksum": json_checksum(meta)}
-        for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2).encode())):
+def prepare(files: list[Path], args: argparse.Namespace) -> dict:
+    """Write args.out_dir from the files. Returns what meta.json holds. Raises UserError."""
+    with replace_folder(args.out_dir) as folder:
+        model = make_tokenizer(files, args)
+        tokenizer = load_tokenizer(model, args.tokenizer or "the new tokenizer")
+        if not args.tokenizer and tokenizer.vocab_size() < args.vocab_size:
+            print(f"the corpus fills only {tokenizer.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
+        template = template_for(tokenizer) if args.task == "sft" else None
+        frames = template_tokens(template, tokenizer) if template else ([],)
+        with ProcessPoolExecutor(args.workers, None, start_worker) as workers:
+            calls = ((block, args, model, frames) for block in read_blocks(files, "encoding"))
+            counts = write_bins(in_order(workers, encode_block, calls), folder, args)
+        check_counts(counts, files, args)
+        meta = counts | {
+            "vocab_size": tokenizer.vocab_size(),
+            "end_token": tokenizer.eos_id(),
+            "template": template,
+            "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
+            "settings": vars(args),
+        }
+        for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2, default=str).encode())):
             with atomic_write(folder / name) as f:
                 f.write(data)
     return meta
@@ -438,47 +393,41 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--tokenizer is missing: instructions need the one of the model to be tuned")
     if args.inputs and not args.out_dir and not args.download:
         raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
+    suffix = "_sft" if args.task == "sft" else ""
+    args.out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
+    args.text_key = args.text_key or (DATASETS[args.download][2] if args.download else "story_zh")
     return args
 
 
 def get_files(args: argparse.Namespace) -> list[Path]:
     """The input files: those named, after a downloaded dataset; or the embedded corpus. Raises UserError."""
-    if args.download:
-        files = [download(args.download, Path("data/downloads"))]
-        args.text_key = args.text_key or DATASETS[args.download][2]
-    elif not args.inputs:
+    files = [download(args.download, Path("data/downloads"))] if args.download else []
+    if not args.inputs and not args.download:
         files = [Path("data/stories.jsonl")]
         print(f"writing the embedded corpus to {files[0]}", flush=True)
         with locked(Path(f"{files[0]}.lock"), files[0]):
             write_corpus(files[0])
-    else:
-        files = []
-    files += find_inputs(args.inputs)
-    for line in describe_texts(files):
-        print(line)
-    return files
+    return files + find_inputs(args.inputs)
 
 
 def main() -> None:
     args, start = parse_arguments(), time.perf_counter()
     files = get_files(args)
-    args.text_key = args.text_key or "story_zh"
-    suffix = "_sft" if args.task == "sft" else ""
-    out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
-    with locked(Path(f"{os.path.abspath(out_dir)}.lock"), out_dir):
-        meta = prepare(files, out_dir, args)
+    for line in describe_texts(files):
+        print(line)
+    with locked(Path(f"{os.path.abspath(args.out_dir)}.lock"), args.out_dir):
+        meta = prepare(files, args)
     for split in ("train", "val"):
         c, unit = meta[split], "examples" if args.task == "sft" else "stories"
         print(
-            f"{out_dir}/{split}.bin: {c['stories']:,} {unit}, {c['characters']:,} characters, {c['tokens']:,} tokens "
-            f"({c['characters'] / c['tokens']:.2f} characters a token)"
+            f"{args.out_dir}/{split}.bin: {c['stories']:,} {unit}, {c['characters']:,} characters, {c['tokens']:,} "
+            f"tokens ({c['characters'] / c['tokens']:.2f} characters a token)"
         )
-    print("read: " + ", ".join(f"{n:,} of {form}" for form, n in meta["forms"].items()))
-    if meta["tokenizer_losses"]["changed"]:
-        print(f"{args.tokenizer}: {LossyTokens(**meta['tokenizer_losses'])}")
+    if meta["tokenizer_changes"]:
+        print(meta["tokenizer_changes"])
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())
     print(f"dropped: {reasons}; {time.perf_counter() - start:.1f} s in all")
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

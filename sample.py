@@ -13,25 +13,22 @@ import argparse
 import functools
 import itertools
 import math
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import build_model, read_checkpoint
-from common.device import choose_device, compile_model
-from common.settings import Parser, UserError, run
-from common.tokenizer import clean, load_tokenizer, template_tokens
+from common.checkpoint import build_model, choose_device, choose_dtype, compile_function, read_checkpoint
+from common.files import Parser, UserError, clean, load_tokenizer, report_errors, template_tokens
 from model import GPT
 from stories.constraints import NAMES, read_constraints, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
-CACHE_STEP = 64  # the KV cache grows by this many positions: seldom copied, and little of it is empty
+BATCH = 64  # stories that are generated together
+CACHE_STEP = 64  # the KV cache grows by this many positions
 
-# ---------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling --------------------------------------------------------------------------------------
 
 
 def random_noise(batch_size: int, top_k: int, vocab_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -44,7 +41,7 @@ def sample_token(logits, seen, temperature: float, top_p: float, repetition_pena
     """The next token of each sequence, (B,), from logits, (B, V). seen, (B, V): which tokens have occurred.
 
     noise, (B, k): only the k most likely tokens remain, and of these the fewest that hold top_p of the probability
-    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0 the most likely token, and no noise is needed.
+    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0 the most likely token.
     """
     if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -60,8 +57,8 @@ def sample_token(logits, seen, temperature: float, top_p: float, repetition_pena
 
 
 def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
-    """Process all prompts in one forward pass. Returns the logits after each, (B, V), the position of its last token,
-    (B,), which tokens have occurred, (B, V), and the KV cache, of cache_size positions."""
+    """Process all prompts in one forward pass. Returns the logits after each, (B, V), the position of its last
+    token, (B,), which tokens have occurred, (B, V), and the KV cache."""
     device = model.embedding.weight.device
     # Shorter prompts are padded on the right. No token attends to the padding: it attends only to positions up to
     # its own, and by then generated tokens have overwritten it.
@@ -77,13 +74,20 @@ def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
 
 
 def compile_decode(model: GPT, cache: list, cuda_graph: bool):
-    """The model compiled for decoding one token at a time. On a CPU one program serves every size of the cache."""
+    """The model compiled for decoding. On a CPU one program serves every size of the cache."""
     for keys_or_values in itertools.chain(*cache):
         if cuda_graph:
             torch._dynamo.mark_static_address(keys_or_values)
         else:
             torch._dynamo.mark_dynamic(keys_or_values, 2)
-    return compile_model(model, model.embedding.weight.device, "reduce-overhead" if cuda_graph else None)
+    if model.embedding.weight.is_cpu:
+        from torch._inductor import config as compiler_config  # imported here: it takes as long as PyTorch itself
+
+        # A vector times a matrix is bound by reading the matrix. A fused loop reads it up to three times as fast as
+        # the matrix library does.
+        limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
+        compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
+    return compile_function(model, model.embedding.weight.device, "reduce-overhead" if cuda_graph else None)
 
 
 @torch.inference_mode()
@@ -116,7 +120,7 @@ def generate(
     decode = compile_decode(model, cache, cuda_graph) if compile else model
     seen[:, end_token] = False  # every prompt begins with it; a story must be free to end
     generator = torch.Generator(logits.device).manual_seed(seed)
-    active = torch.arange(len(prompts), device=logits.device)  # (A,), the sequences that are still computed
+    active = torch.arange(len(prompts), device=logits.device)  # (A,), those still computed
     tokens = torch.full_like(active, end_token)  # (B,)
     ended = torch.zeros_like(active, dtype=torch.bool)  # (A,)
     for length in range(longest, end):
@@ -142,12 +146,11 @@ def generate(
         logits = decode(token[:, None], positions=last[:, None], cache=cache)[:, 0]  # (A, V)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, template: str, instruction: str, beginning: str) -> list[int]:
-    """The tokens of a prompt: an instruction in its template, if there is one, and the beginning of the story.
+    """The tokens of a prompt: an instruction in its template, and the beginning of the story.
 
     Raises UserError for text that is not Unicode.
     """
@@ -174,9 +177,9 @@ def check_length(model: GPT, prompt: list[int]) -> None:
 
 
 def generate_text(model, tokenizer, prompt: list[int], num: int, write=None, **options) -> list[str]:
-    """`num` stories that continue the tokens of `prompt`, with the beginning that the prompt gives them.
+    """`num` stories that continue `prompt`, with the beginning that it gives them. Raises UserError.
 
-    The first story is passed to `write` piece by piece as it is generated. Raises UserError.
+    The first story is passed to `write` piece by piece as it is generated.
     """
     check_length(model, prompt)
     stories = [prompt[story_start(tokenizer, prompt) :] for _ in range(num)]
@@ -197,40 +200,20 @@ def generate_text(model, tokenizer, prompt: list[int], num: int, write=None, **o
     return texts
 
 
-def sample_and_score(model, tokenizer, prompts: list[list[int]], **options) -> list[tuple[str, dict[str, float]]]:
-    """One story for each prompt, with the beginning that the prompt gives it, and its scores (stories/rewards.py).
-
-    All are generated as one batch.
-    """
+def sample_and_score(model, tokenizer, prompts: list[list[int]], **options) -> list[tuple[str, dict]]:
+    """One story for each prompt, with its scores (stories/rewards.py). All are one batch."""
     end, scored = tokenizer.eos_id(), []
     steps = (tokens.tolist() for tokens in generate(model, prompts, end_token=end, **options))
     for prompt, tokens in zip(prompts, zip(*steps, strict=True), strict=True):
         finished = end in tokens
         new = list(tokens[: tokens.index(end)] if finished else tokens)
-        story = tokenizer.decode(prompt[story_start(tokenizer, prompt) :] + new)
+        story = tokenizer.decode(prompt[story_start(tokenizer, prompt) :] + new).rstrip("\ufffd")  # a cut character
         constraints = read_constraints(tokenizer.decode(prompt))
         scored.append((story, score(constraints, story) | {"finished": float(finished)}))
     return scored
 
 
-def check_memory(model: GPT, best_of: int) -> None:
-    """Raise a UserError if the KV cache and the logits of a batch would not fit into the free memory."""
-    weight, c = model.embedding.weight, model.config
-    cache = 2 * c.n_layer * c.block_size * c.n_kv_head * c.head_dim * weight.element_size()
-    story = 2 * cache + 8 * c.vocab_size * weight.element_size()  # a cache that grows is there twice for a moment
-    if weight.is_cuda:
-        free, _ = torch.cuda.mem_get_info(weight.device)
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if best_of * story > free:
-        needed = f"{best_of * story / 2**30:,.1f} GiB, {free / 2**30:,.1f} are free"
-        raise UserError(f"--best_of {best_of}: needs {needed}; at most {free // story:,} fit")
-
-
-# ---------------------------------------------------------------------------------------------------
-# The command
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -241,9 +224,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same stories")
     parser.add_argument("--compile", action="store_true", help="compile first: then one story at a time is faster")
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: faster, less exact"
-    )
+    types = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=types, help="of the weights; auto: the fastest")
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -288,6 +270,11 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def batch_sizes(total: int) -> list[int]:
+    """The sizes of the batches in which `total` stories are generated: memory does not grow with them."""
+    return [min(BATCH, total - first) for first in range(0, total, BATCH)]
+
+
 def described(found: dict) -> str:
     """The findings of a story in a line."""
     parts = []
@@ -317,9 +304,9 @@ def ask(names: list[str]):
 def main() -> None:
     args = parse_arguments()
     options = sampling_options(args) | {"max_new_tokens": args.max_new_tokens}
-    device, _ = choose_device(args.device)
+    device = choose_device(args.device)
     checkpoint = read_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(device, getattr(torch, args.dtype)).eval()
+    model = build_model(checkpoint, args.ckpt).to(device, choose_dtype(args.dtype, device)).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
@@ -329,15 +316,18 @@ def main() -> None:
 
     def print_best(instruction: str, prompt: list[int]) -> None:
         check_length(model, prompt)
-        check_memory(model, args.best_of)
         constraints = read_constraints(instruction)
         if not can_choose(constraints):
             known = "--words, --sentence or --features 对话"
             raise UserError(f"--best_of {args.best_of}: nothing to choose by; it counts what {known} ask for")
+        sizes = batch_sizes(args.best_of)
         for i in range(args.num):
-            seeded = options | {"seed": options["seed"] + i}
-            stories = sample_and_score(model, tokenizer, [prompt] * args.best_of, **seeded)
-            story, _ = max(stories, key=lambda found: reward(found[1]))
+            best = list[tuple]()
+            for n, size in enumerate(sizes):
+                seeded = options | {"seed": options["seed"] + i * len(sizes) + n}
+                candidates = best + sample_and_score(model, tokenizer, [prompt] * size, **seeded)
+                best = [max(candidates, key=lambda candidate: reward(candidate[1]))]
+            story, _ = best[0]
             print(("---\n" if i else "") + story, flush=True)
             print(f"(best of {args.best_of}: {described(findings(constraints, story))})", file=sys.stderr)
 
@@ -346,10 +336,12 @@ def main() -> None:
         if args.best_of > 1:
             return print_best(instruction, prompt)
         write = functools.partial(print, end="", flush=True)
-        stories = generate_text(model, tokenizer, prompt, args.num, write, **options)
-        for story in stories[1:]:
-            print(f"\n---\n{story}", end="")
-        print(flush=True)
+        for n, size in enumerate(batch_sizes(args.num)):
+            write("\n---\n" if n else "")
+            seeded = options | {"seed": options["seed"] + n}
+            for story in generate_text(model, tokenizer, prompt, size, write, **seeded)[1:]:
+                write(f"\n---\n{story}")
+        write("\n")
 
     if not args.interactive:
         return print_stories(args.instruction, args.prompt)
@@ -363,4 +355,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

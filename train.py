@@ -3,22 +3,23 @@
     python train.py config/demo.py
     python train.py config/demo.py --learning_rate=0.005 --out_dir=out/trial
     python train.py config/demo.py --resume=True                              continue after a stop
+    python train.py config/demo.py --minutes=5                                not repeatable bit for bit
     torchrun --standalone --nproc_per_node=2 train.py config/microstories.py  on two GPUs
 
-The loop is `train`, at the end. sft.py and dpo.py call it with other data or another loss.
+The loop is `train`, near the end. sft.py and tools/dpo.py call it with other data or another loss.
 """
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
-import functools
-import hashlib
+import datetime
 import json
 import math
 import os
-import shlex
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,27 +29,23 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.checkpoint import checkpoint_to_resume, find_checkpoints, save_checkpoint
-from common.device import (
-    all_reduce,
-    all_reduce_together,
+from common.checkpoint import (
     choose_device,
-    compile_model,
-    estimate_memory,
-    keep_freed_memory,
-    process_rank,
-    processes,
-    world_size,
+    choose_dtype,
+    compile_function,
+    find_checkpoints,
+    matmul_flops,
+    read_checkpoint,
 )
-from common.files import json_checksum
-from common.metrics import MetricsLog, StepMetrics, after_failure, check_logger
-from common.settings import UserError, check_ranges, load_settings, run, setting
-from common.tokenizer import load_tokenizer
+from common.files import UserError, atomic_write, load_tokenizer, locked, report_errors
+from common.settings import load_settings, setting
 from model import GPT, IGNORE, ModelConfig
-from sample import generate_text
 
-# ---------------------------------------------------------------------------------------------------
-# Settings
+# torchrun starts several processes and gives each these numbers.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TIMEOUT = datetime.timedelta(minutes=10)  # a process waits this long for the others
+
+# ---- Settings --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -64,14 +61,14 @@ class LoopSettings:
     gradient_accumulation_steps: int = setting(1, at_least=1, fixed=True)  # over all processes together
     max_iters: int = setting(1000, at_least=1)
     epochs: float = 0.0  # above 0: this many passes over the data, instead of max_iters
-    minutes: float = 0.0  # above 0: as many steps as fit; the warm-up is timed, and then max_iters is set
+    minutes: float = 0.0  # above 0: end after this time; not repeatable bit for bit
     # The optimizer
     optimizer: str = setting("muon", choices=("muon", "adamw"), fixed=True)
     learning_rate: float = 0.003
     min_lr: float = 0.0
     warmup_iters: int = 20
-    schedule: str = setting("linear", choices=("linear", "cosine"))  # linear: constant, then down over the cooldown
-    cooldown: float = 0.5  # a share of the steps after the warm-up
+    schedule: str = setting("wsd", choices=("wsd", "cosine"))  # wsd: warm-up, stable, decay
+    decay_fraction: float = setting(0.5, below=1.001)  # of the run after the warm-up: the decay of wsd
     weight_decay: float = setting(0.1, fixed=True)
     momentum: float = setting(0.95, below=1, fixed=True)  # Muon's
     beta1: float = setting(0.9, below=1, fixed=True)  # AdamW's
@@ -80,7 +77,7 @@ class LoopSettings:
     # Intervals, in steps
     log_interval: int = setting(10, at_least=1)
     eval_interval: int = setting(100, at_least=1)
-    eval_blocks: int = setting(64, at_least=1)  # validation sequences, always the same
+    eval_sequences: int = setting(64, at_least=1)  # always the same random ones
     sample_interval: int = 0  # print a sample story; 0: never
     save_interval: int = setting(100, at_least=1)
     logger: str = setting("", choices=("", "tensorboard", "wandb"))  # shows metrics.jsonl as curves
@@ -91,19 +88,10 @@ class LoopSettings:
     deterministic: bool = True  # the same bits every time; costs nothing measurable on a CPU
     seed: int = setting(1337, fixed=True)
 
-    def __post_init__(self):
-        check_ranges(self)
-        if self.minutes and (self.epochs or self.warmup_iters < 2 * self.log_interval):
-            needed = "epochs = 0 and warmup_iters of two log_intervals or more, of which the last is timed"
-            raise UserError(f"minutes = {self.minutes}: needs {needed}")
-        if self.cooldown > 1:
-            raise UserError(f"cooldown = {self.cooldown}: must be at most 1")
-        check_logger(self.logger)
-
 
 @dataclass
-class ShapeSettings:
-    """The shape of a new model (see ModelConfig)."""
+class Settings(LoopSettings):
+    """The loop's settings and the shape of the model (see ModelConfig)."""
 
     n_layer: int = setting(6, at_least=1)
     n_head: int = setting(6, at_least=1)
@@ -113,16 +101,10 @@ class ShapeSettings:
     intermediate_size: int = setting(1024, at_least=1)
     rope_theta: float = 10000.0
     qk_norm: bool = True
-
-
-@dataclass
-class Settings(ShapeSettings, LoopSettings):
-    """The loop's settings and the model's shape."""
-
     document_mask: bool = setting(False, fixed=True)  # a token attends only to its own story
 
 
-def new_model(s, vocab_size: int) -> GPT:
+def new_model(s: Settings, vocab_size: int) -> GPT:
     """A model with random weights, of the shape that the settings give. Raises UserError."""
     names = {field.name for field in dataclasses.fields(ModelConfig)} & set(vars(s))
     try:
@@ -131,20 +113,18 @@ def new_model(s, vocab_size: int) -> GPT:
         raise UserError(str(e)) from None
 
 
-# ---------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ------------------------------------------------------------------------------------------
 
 
 class ShuffledDataset:
     """Sequences in a new seeded order each epoch, without replacement.
 
-    Which sequence is the n-th of a run depends on n and the seed alone. So a resumed run continues with exactly the
-    sequences it would have had, and every sequence occurs once before any occurs again.
-    A subclass has a length and `sequences(indices)`, a dict of CPU tensors with one row for each index.
+    Which sequence is the n-th of a run depends on n and the seed alone. So a resumed run continues exactly.
+    A subclass has a length and `sequences(indices)`, a dict of CPU tensors with one row each.
     """
 
-    def __init__(self, path: Path, seed: int):
-        self.path, self.seed, self.epoch = path, seed, -1
+    def __init__(self, path: Path, seed: int, tokens_per_sequence: int):
+        self.path, self.seed, self.tokens_per_sequence, self.epoch = path, seed, tokens_per_sequence, -1
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Sequences number first to first + count - 1 of the run."""
@@ -162,26 +142,26 @@ class ShuffledDataset:
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def count_targets(self, batch: dict) -> float:
-        """What the summed loss of a batch is divided by."""
-        return int((batch["targets"] != IGNORE).sum())
+    def loss_denominator(self, batch: dict) -> float:
+        """What the summed loss of a batch is divided by: here the number of its targets."""
+        return float((batch["targets"] != IGNORE).sum())
 
 
-class TokenFile(ShuffledDataset):
+class TokenDataset(ShuffledDataset):
     """A .bin file cut into sequences of block_size tokens, wherever the cut falls."""
 
     def __init__(self, path: Path, meta: dict, block_size: int, seed: int, end_token: int | None = None):
-        """With end_token, batches say which story a token belongs to. Raises UserError as `open_tokens` does."""
-        super().__init__(path, seed)
-        self.tokens, self.block_size, self.end_token = open_tokens(path, meta), block_size, end_token
+        """With end_token, batches say which story a token belongs to. Raises UserError."""
+        super().__init__(path, seed, block_size)
+        self.tokens, self.end_token = open_tokens(path, meta), end_token
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.block_size
+        return (len(self.tokens) - 1) // self.tokens_per_sequence
 
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """tokens, targets (the tokens one place further) and perhaps documents, (B, T) each."""
-        starts = [i * self.block_size for i in indices]
-        windows = np.stack([self.tokens[start : start + self.block_size + 1] for start in starts])
+        T = self.tokens_per_sequence
+        windows = np.stack([self.tokens[i * T : i * T + T + 1] for i in indices])
         both = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
         # Contiguous: only then does pinning help the copy to a GPU.
         batch = {"tokens": both[:, :-1].contiguous(), "targets": both[:, 1:].contiguous()}
@@ -190,80 +170,107 @@ class TokenFile(ShuffledDataset):
         return batch
 
 
-def open_tokens(path: Path, meta: dict) -> np.ndarray:
-    """The tokens of a .bin file, memory-mapped. Raises UserError if the file is not the one prepare.py wrote."""
-    size, checksum, vocab_size = path.stat().st_size, hashlib.sha256(), meta["vocab_size"]
-    if size % 2 or not size:
-        raise UserError(f"{path}: {size:,} bytes are not token ids of two bytes each; run prepare.py again")
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
-        checksum.update(part.data)
-        if (largest := part.max()) >= vocab_size:
-            raise UserError(f"{path}: holds token {largest}, but the vocabulary ends at {vocab_size - 1}")
-    if checksum.hexdigest() != meta[path.stem]["sha256"]:
-        raise UserError(f"{path}: damaged: not what prepare.py wrote (its checksum differs); run it again")
-    return tokens
-
-
 def read_meta(folder: Path) -> tuple[dict, bytes]:
     """meta.json of a prepared folder, and the bytes of its tokenizer. Raises UserError."""
-    if not (folder / "meta.json").exists():
-        raise UserError(f"{folder}: no prepared data here (meta.json is missing); run prepare.py --out_dir {folder}")
     try:
-        with open(folder / "meta.json", "rb") as f:
-            meta = json.loads(f.read(1 << 20))  # prepare.py writes some hundred bytes
-        if meta.pop("checksum") != json_checksum(meta):
-            raise ValueError("its checksum differs")
-        meta["train"]["sha256"], meta["val"]["sha256"], meta["tokenizer_sha256"]  # raises KeyError
-        if type(meta["vocab_size"]) is not int or type(meta["end_token"]) is not int:
-            raise TypeError("vocab_size or end_token is not a number")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{folder / 'meta.json'}: damaged ({e!r}); run prepare.py again") from None
-    path = folder / "tokenizer.model"
-    model = path.read_bytes()
-    same = hashlib.sha256(model).hexdigest() == meta["tokenizer_sha256"]
-    if not same or load_tokenizer(model, path).vocab_size() != meta["vocab_size"]:
-        raise UserError(f"{path}: not the tokenizer these token files were made with")
-    return meta, model
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"], meta["end_token"]  # raises KeyError
+        return meta, (folder / "tokenizer.model").read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else f"meta.json: {e!r}"
+        raise UserError(f"{folder}: no prepared data ({reason}); run prepare.py --out_dir {folder}") from None
 
 
-def open_data(s: Settings) -> tuple[TokenFile, TokenFile, dict]:
-    """The training and validation data of s.data_dir, and the metadata for every checkpoint."""
+def open_tokens(path: Path, meta: dict) -> np.ndarray:
+    """The tokens of a .bin file, memory-mapped. Raises UserError if its size is not that of meta.json."""
+    size, expected = path.stat().st_size, 2 * meta[path.stem]["tokens"]
+    if size != expected or not size:
+        raise UserError(f"{path}: has {size:,} bytes, meta.json says {expected:,}; run prepare.py again")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def open_data(s: Settings) -> tuple[TokenDataset, TokenDataset, dict, dict]:
+    """Training and validation data, meta.json, and the metadata for checkpoints. Raises UserError."""
     folder = Path(s.data_dir)
     meta, tokenizer = read_meta(folder)
     end_token = meta["end_token"] if s.document_mask else None
-    train_data = TokenFile(folder / "train.bin", meta, s.block_size, s.seed, end_token)
-    val_data = TokenFile(folder / "val.bin", meta, s.block_size, 0, end_token)  # the same for every seed
-    return train_data, val_data, {"tokenizer": tokenizer, "data": meta["train"]}
+    train_data = TokenDataset(folder / "train.bin", meta, s.block_size, s.seed, end_token)
+    val_data = TokenDataset(folder / "val.bin", meta, s.block_size, 0, end_token)  # the same for every seed
+    return train_data, val_data, meta, {"tokenizer": tokenizer, "data": meta["train"]}
 
 
-def get_batch(data, step: int, s: LoopSettings, device: torch.device) -> tuple[list[dict], float]:
-    """This process's micro-batches of a step, on the device, and the number (or weight) of the whole step's targets."""
-    micro_batches, n_targets = [], 0.0
-    for i in range(s.gradient_accumulation_steps):
+def get_batch(data: ShuffledDataset, step: int, s: LoopSettings, device) -> tuple[list[dict], float]:
+    """This process's micro-batches of a step, and the denominator of the whole step's loss."""
+    micro_batches, denominator = [], torch.zeros((), dtype=torch.float64)
+    for i in range(RANK, s.gradient_accumulation_steps, WORLD_SIZE):
         batch = data.batch((step * s.gradient_accumulation_steps + i) * s.batch_size, s.batch_size)
-        n_targets += data.count_targets(batch)
-        if i % world_size() == process_rank():
-            if device.type == "cuda":  # from pinned memory the copy is asynchronous
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            micro_batches.append({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-    return micro_batches, n_targets
+        denominator += data.loss_denominator(batch)
+        if device.type == "cuda":  # from pinned memory the copy is asynchronous
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        micro_batches.append({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
+    all_reduce(denominator)
+    return micro_batches, denominator.item()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Learning rate and optimizers
+# ---- Several processes, each with its share of the micro-batches -----------------------------------
 
 
-def learning_rate_at(step: int, s: LoopSettings) -> float:
-    """Linear warm-up, then a half cosine to min_lr, or constant and then linear to min_lr over the last `cooldown`."""
+@contextlib.contextmanager
+def process_group(s: LoopSettings):
+    """Run the body as one of torchrun's processes, or alone. The first process locks s.out_dir."""
+    configure_pytorch(s)
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if choose_device(s.device).type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    torch.manual_seed(s.seed)
+    out_dir = Path(s.out_dir)
+    with locked(out_dir / "lock", out_dir) if RANK == 0 else contextlib.nullcontext():
+        yield
+        all_reduce(torch.zeros(1))  # the others wait until the first has saved
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
+    """dist.all_reduce, in place. Raises UserError if another process has ended or hangs."""
+    if WORLD_SIZE > 1:
+        try:
+            dist.all_reduce(tensor, op)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0]
+            raise UserError(f"another process has ended or hangs ({reason}); continue with --resume=True") from None
+
+
+def all_reduce_together(tensors: list[torch.Tensor]) -> None:
+    """Sum each tensor over all processes, in place, in one transfer."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+# ---- Learning rate and optimizers ------------------------------------------------------------------
+
+
+def progress_of(step: int, seconds: float, s: LoopSettings) -> float:
+    """Which share of a run is done, by its steps or by its time; 1 is the end."""
+    return max(step / s.max_iters, seconds / (60 * s.minutes) if s.minutes else 0.0)
+
+
+def learning_rate_at(step: int, progress: float, s: LoopSettings) -> float:
+    """Linear warm-up by steps, then down by progress.
+
+    cosine: half a cosine. wsd: constant, then linear (Hu et al. 2024, arXiv:2404.06395).
+    """
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
-    left = (s.max_iters - step) / max(1, s.max_iters - s.warmup_iters)  # 1 after the warm-up, 0 at the end
+    warmup = min(s.warmup_iters / s.max_iters, progress)
+    left = max(0.0, 1 - progress) / max(1e-9, 1 - warmup)  # 1 after the warm-up, 0 at the end
     if s.schedule == "cosine":
         share = 0.5 - 0.5 * math.cos(math.pi * left)
     else:
-        share = min(1.0, left / s.cooldown) if s.cooldown else 1.0
+        share = min(1.0, left / s.decay_fraction) if s.decay_fraction else 1.0
     return s.min_lr + (s.learning_rate - s.min_lr) * share
 
 
@@ -287,8 +294,8 @@ class Muon(torch.optim.Optimizer):
     A gradient is large in few directions; an orthogonal update moves the weights equally in all. Scaled as in Liu et
     al. 2025, arXiv:2502.16982, equation 4, it takes AdamW's learning rate and weight decay.
 
-    Unlike `torch.optim.Muon` it orthogonalizes all matrices of one shape together, and in `dtype`: without bfloat16
-    instructions a CPU needs 30 times as long for a bfloat16 product.
+    Unlike `torch.optim.Muon` it orthogonalizes all matrices of one shape together, and in `dtype`: many CPUs are slow
+    in bfloat16.
     """
 
     def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
@@ -314,8 +321,12 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def make_optimizers(model: GPT, s: LoopSettings) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or Muon for the matrices inside the blocks and AdamW for the rest."""
+def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    The embedding is a table whose rows are looked up, not a map from vectors to vectors, so it is not Muon's.
+    `dtype` is that of the matrix products.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     in_blocks = set(model.blocks.parameters()) if s.optimizer == "muon" else set()
     matrices = [p for p in trainable if p in in_blocks and p.dim() == 2]
@@ -328,343 +339,348 @@ def make_optimizers(model: GPT, s: LoopSettings) -> list[torch.optim.Optimizer]:
     if rest:
         optimizers.append(torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True))
     if matrices:
-        _, fast = choose_device(str(model.embedding.weight.device))
-        dtype = torch.bfloat16 if fast == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(matrices, s.weight_decay, s.momentum, dtype))
+        muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(matrices, s.weight_decay, s.momentum, muon_dtype))
     return optimizers
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore the moments of a checkpoint, and nothing else from its file. Raises ValueError."""
-    own = optimizer.state_dict()["param_groups"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    for i, p in enumerate(parameters if saved["state"] else ()):  # float16 may have skipped all steps so far
-        moments = saved["state"].get(i)
-        if not isinstance(moments, dict) or moments.keys() != names:
-            raise ValueError(f"no moments of weight {i}")
-        for name, value in moments.items():
-            if value.shape != (() if name == "step" else p.shape):
-                raise ValueError(f"{name} of weight {i} has another shape")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+# ---- Loss, evaluation, logging ---------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------
-# Loss and evaluation
-
-
-def next_token_loss(model, batch: dict) -> dict[str, torch.Tensor]:
-    """The summed loss of a batch; the loop divides by the number of targets of the whole step."""
-    return {"loss": model(**batch)}
-
-
-@dataclass
-class ValidationSet:
-    batches: list[dict]  # of one shape each; sequences beyond the set have only IGNORE as targets
-    n_targets: float
-    n_characters: int  # of the text of all targets
-
-
-def validation_set(data, tokenizer, s: LoopSettings) -> ValidationSet:
-    """The first eval_blocks sequences of the validation data."""
-    n, batches = min(s.eval_blocks, len(data)), []
-    for first in range(0, n, s.batch_size):
-        batch = data.batch(first, s.batch_size)
-        batch["targets"] = batch["targets"].clone()
-        batch["targets"][n - first :] = IGNORE
-        batches.append(batch)
-    texts = tokenizer.decode([t[t != IGNORE].tolist() for batch in batches for t in batch["targets"]])
-    return ValidationSet(batches, sum(map(data.count_targets, batches)), sum(map(len, texts)))
+def next_token_loss(model: GPT, batch: dict) -> dict[str, torch.Tensor]:
+    """The summed loss of a batch."""
+    return {"loss": model.loss(**batch)}
 
 
 @torch.no_grad()
-def evaluate(model, val: ValidationSet, loss_fn, device: torch.device, autocast) -> dict[str, float]:
-    """The metrics of the validation set, val_loss first. The processes share the batches."""
-    names, totals = ["loss"], torch.zeros((), device=device)
-    for i, batch in enumerate(val.batches):
-        mine = i % world_size() == process_rank()
-        if mine or i == 0:  # every process computes the first batch, for the names of the metrics
-            with autocast():
-                metrics = loss_fn(model, {name: tensor.to(device) for name, tensor in batch.items()})
-            names = list(metrics)
-            totals = totals + torch.stack(list(metrics.values())) * mine  # (metrics,)
+def evaluate(
+    loss_fn, model: GPT, data: ShuffledDataset, tokenizer, names: list[str], s: LoopSettings, autocast
+) -> dict:
+    """The means of the metrics `names` on s.eval_sequences of the validation data."""
+    totals = torch.zeros(len(names) + 2, dtype=torch.float64)  # and the denominator, and characters
+    n, device = min(s.eval_sequences, len(data)), model.embedding.weight.device
+    for first in range(RANK * s.batch_size, n, WORLD_SIZE * s.batch_size):
+        batch = data.batch(first, s.batch_size)
+        batch["targets"][n - first :] = IGNORE  # beyond the sample; the shape stays
+        texts = tokenizer.decode([t[t != IGNORE].tolist() for t in batch["targets"]])
+        with autocast:
+            metrics = loss_fn(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        sums = [*map(float, metrics.values()), data.loss_denominator(batch), sum(map(len, texts))]
+        totals += torch.tensor(sums, dtype=torch.float64)
     all_reduce(totals)
-    means = {f"val_{name}": total / val.n_targets for name, total in zip(names, totals.tolist(), strict=True)}
+    *sums, denominator, characters = totals.tolist()
+    means = {f"val_{name}": total / denominator for name, total in zip(names, sums, strict=True)}
     if names == ["loss"]:  # then it is the loss of the text itself
         means["val_perplexity"] = math.exp(min(means["val_loss"], 700))
-        means["val_bits_per_character"] = means["val_loss"] * val.n_targets / val.n_characters / math.log(2)
+        means["val_bits_per_character"] = sums[0] / max(1, characters) / math.log(2)
     return means
 
 
-# ---------------------------------------------------------------------------------------------------
-# Parts of the loop
+def open_log(s: LoopSettings, step: int):
+    """A function that appends a line to metrics.jsonl and shows it in s.logger. Raises UserError.
 
-
-class TrainState:
-    """Everything that a training step changes. Saved and restored, the run continues with the same bits."""
-
-    def __init__(self, model: GPT, s: LoopSettings, device: torch.device, dtype: torch.dtype):
-        self.model, self.step = model, 0
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(model, s)
-        # float16 gradients are scaled, or they would underflow; for other types the scaler does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-
-    def update(self, grad_clip: float) -> torch.Tensor:
-        """Clip the gradients, take an optimizer step, clear the gradients. Returns the norm before clipping, ()."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, grad_clip or math.inf)
-        if not self.scaler.is_enabled() or norm.isfinite():  # after a float16 overflow no optimizer takes the step
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        self.step += 1
-        return norm
-
-    def state_dict(self, s: LoopSettings) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "model_config": dataclasses.asdict(self.model.config),
-            "settings": dataclasses.asdict(s),
-            "step": self.step,
-            "sequences": self.step * s.batch_size * s.gradient_accumulation_steps,  # the position in the data
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "random_state": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, saved: dict, out_dir: Path) -> None:
-        """Raises UserError if the checkpoint lacks what resuming needs."""
-        try:
-            self.model.load_state_dict(saved["model"])
-            for optimizer, moments in zip(self.optimizers, saved["optimizers"], strict=True):
-                load_optimizer(optimizer, moments)
-            self.scaler.load_state_dict(saved["scaler"])
-            torch.set_rng_state(saved["random_state"])
-            self.step = saved["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-            reason = str(e).split("\n")[0]
-            raise UserError(f"{out_dir}: the newest checkpoint lacks what resuming needs ({reason})") from None
-
-
-@contextlib.contextmanager
-def stop_on_signal():
-    """Ctrl-C and SIGTERM end the run after the current step. Yields a function: has any process been signalled?"""
-    signalled = torch.zeros(1)
-
-    def on_signal(number, frame):
-        signalled.fill_(1)
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-
-    def should_stop() -> bool:
-        anywhere = signalled.clone()
-        all_reduce(anywhere, dist.ReduceOp.MAX)  # all processes must stop after the same step
-        return bool(anywhere)
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    Lines after `step` are removed: the curve of a resumed run never goes back.
+    """
+    path = Path(s.out_dir, "metrics.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with atomic_write(path) as f:
+        f.writelines(line for line in lines if line.endswith(b"}\n") and json.loads(line)["step"] <= step)
+    file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
     try:
-        yield should_stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        show = {"": lambda s, step: None, "tensorboard": to_tensorboard, "wandb": to_wandb}[s.logger](s, step)
+    except Exception as e:  # not installed, not logged in, no network
+        raise UserError(f"logger = {s.logger!r}: {e}") from None
+
+    def log(line: dict) -> None:
+        try:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # the lines of a checkpoint are on the disk before it is
+        except OSError as e:  # the error of a full disk has no file name
+            raise UserError(f"{path}: {e.strerror}") from None
+        if show:
+            show(line)
+
+    return log
 
 
-def save(state: TrainState, s: LoopSettings, metadata: dict) -> None:
-    """Write a checkpoint and remove all but the two newest. Raises UserError, also if weights are not finite."""
-    if not all(p.isfinite().all() for p in state.trainable):
-        raise UserError(f"step {state.step}: weights are no longer finite; stopped; {after_failure(s)}")
-    save_checkpoint(Path(s.out_dir, f"ckpt_{state.step:06d}.pt"), state.state_dict(s) | metadata)
-    for old in find_checkpoints(Path(s.out_dir))[2:]:
-        old.unlink()
+def to_tensorboard(s: LoopSettings, step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(s.out_dir, purge_step=step + 1)  # hides what a killed run logged after its checkpoint
+
+    def show(line: dict) -> None:
+        for name, value in line.items():
+            if value is not None and name != "step":
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()  # a killed run loses nothing
+
+    return show
 
 
-def print_sample(model: GPT, tokenizer, prompt: list[int], s: LoopSettings) -> None:
-    torch.use_deterministic_algorithms(False)  # older PyTorch has no deterministic cumsum for CUDA
-    story = generate_text(model, tokenizer, prompt, 1, max_new_tokens=s.block_size, seed=s.seed)[0]
-    asked = " | ".join(tokenizer.decode(prompt).splitlines())  # empty without an instruction: the end token has no text
-    tqdm.write((f"[{asked}]\n" if asked else "") + story + "\n")
-    torch.use_deterministic_algorithms(s.deterministic)
+def to_wandb(s: LoopSettings, step: int):
+    import wandb
+
+    id_file = Path(s.out_dir, "wandb_id")  # a resumed run continues its curves
+    run_id = id_file.read_text() if step and id_file.exists() else None
+    run = wandb.init(id=run_id, resume="allow", name=s.out_dir, dir=s.out_dir, config=dataclasses.asdict(s))
+    id_file.write_text(run.id)
+    return lambda line: run.log(line, step=line["step"])
 
 
-def set_up(s: LoopSettings, train_data, val_data) -> tuple[torch.device, torch.dtype]:
-    """Check that the data can be trained on; prepare PyTorch and out_dir. Raises UserError."""
-    if s.gradient_accumulation_steps % world_size():
+# ---- The loop --------------------------------------------------------------------------------------
+
+
+def check_run(s: LoopSettings, train_data: ShuffledDataset, val_data: ShuffledDataset) -> None:
+    """Raise a UserError if settings, data and processes do not fit. Set max_iters from epochs."""
+    if s.gradient_accumulation_steps % WORLD_SIZE:
         n = s.gradient_accumulation_steps
-        raise UserError(f"gradient_accumulation_steps = {n}: not a multiple of {world_size()} processes")
+        raise UserError(f"gradient_accumulation_steps = {n}: not a multiple of {WORLD_SIZE} processes")
     for data, advice in ((train_data, "add stories"), (val_data, "prepare with a larger --val_fraction")):
         if not len(data):
             missing = f"holds no sequence of {s.block_size} tokens and one more"
             raise UserError(f"{data.path}: {missing}; lower block_size, or {advice}")
-    device, dtype = choose_device(s.device, s.dtype)
+    if s.epochs:
+        s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
+
+
+def check_same_run(saved: dict, path: Path, s: LoopSettings, model: GPT, metadata: dict) -> None:
+    """Raise a UserError if the checkpoint is of another model, other data, or has another `fixed` setting."""
+    for field in dataclasses.fields(s):
+        # A setting newer than the checkpoint: its default is how training was before.
+        now, then = getattr(s, field.name), saved.get("settings", {}).get(field.name, field.default)
+        if field.metadata.get("fixed") and now != then:
+            raise UserError(f"{field.name} = {now!r}: {path} has {then!r}; use that")
+    for name, value in ({"model_config": dataclasses.asdict(model.config)} | metadata).items():
+        if saved.get(name) != value:
+            raise UserError(f"{path}: that run had another {name} than this one; choose another out_dir")
+
+
+def settle_dtype(s: LoopSettings, device: torch.device, saved: dict) -> torch.dtype:
+    """The type of the matrix products, the same for all processes; s.dtype is set to it.
+
+    On a CPU a resumed run keeps its type, whatever would be measured now.
+    """
+    kept = saved.get("settings", {}).get("dtype")
+    if s.dtype == "auto" and device.type == "cpu" and kept in ("float32", "bfloat16"):
+        s.dtype = kept
+    chosen = [choose_dtype(s.dtype, device, show=RANK == 0)]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(chosen)
+    s.dtype = str(chosen[0]).removeprefix("torch.")
+    return chosen[0]
+
+
+def configure_pytorch(s: LoopSettings) -> None:
+    """Deterministic algorithms, if asked for; and glibc keeps freed memory: giving it back to the system and getting
+    it again takes a fifth of a CPU's training step."""
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(s.deterministic)
-    # By default deterministic algorithms also fill new memory, to find errors; that takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    keep_freed_memory()
-    if s.epochs:
-        s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
-    if s.minutes:
-        s.max_iters = max(s.max_iters, s.warmup_iters + 1)  # until fit_into_minutes sets it
-    return device, dtype
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, takes time
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: allocate on the heap only
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def restore(s: LoopSettings, state: TrainState, metadata: dict) -> None:
-    """Continue from the newest checkpoint in out_dir, if there is one. Raises UserError."""
-    out_dir, main_process = Path(s.out_dir), process_rank() == 0
-    for unfinished in out_dir.glob("ckpt_*.pt.tmp") if main_process else ():
-        unfinished.unlink()
-    if saved := checkpoint_to_resume(s, state.model, metadata):
-        state.load_state_dict(saved, out_dir)
-        if s.minutes and state.step >= s.warmup_iters:  # set by the run that is resumed
-            s.max_iters = saved["settings"]["max_iters"]
-        if main_process:
-            print_changes(s, saved)
-    elif s.resume and main_process:
-        runs = [str(p) for p in sorted(out_dir.absolute().parent.glob("*")) if p != out_dir and find_checkpoints(p)]
-        nearby = f"; runs beside it: {', '.join(os.path.relpath(p) for p in runs[:8])}" if runs else ""
-        print(f"resume = True, but {out_dir} holds no run: this starts a new one{nearby}")
+def catch_signals() -> threading.Event:
+    """Ctrl-C and SIGTERM set the event, which ends the run after the step; a second one ends it at once."""
+    requested = threading.Event()
+
+    def on_signal(number, frame):
+        requested.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return requested
 
 
-def print_changes(s: LoopSettings, saved: dict) -> None:
-    """Say which settings of the learning rate differ from those of the resumed checkpoint, and what that does."""
-    names = ("max_iters", "learning_rate", "min_lr", "warmup_iters", "schedule", "cooldown")
-    then = {name: saved["settings"].get(name, getattr(s, name)) for name in names}
-    changed = [f"{name} from {then[name]} to {getattr(s, name)}" for name in names if then[name] != getattr(s, name)]
-    step = saved["step"]
-    if changed and step < s.max_iters:
-        before = learning_rate_at(step, dataclasses.replace(s, **then))
-        now = learning_rate_at(step, s)
-        print(f"changed {', '.join(changed)}: the learning rate of the next step is {now:.2g} instead of {before:.2g}")
-    if step >= s.max_iters:
-        print(f"max_iters = {s.max_iters:,}: this run is at step {step:,} already; there is nothing left to train")
+def read_metrics(recent: list[torch.Tensor], names: list[str], step: int, scaler, s: LoopSettings) -> dict:
+    """The means of the last steps' metrics, and the last gradient norm. Reading them waits for the device.
 
-
-def fit_into_minutes(s: LoopSettings, step: int, start: float, step_seconds: float) -> None:
-    """Set max_iters, after the warm-up, to what fits into s.minutes since `start`.
-
-    Until then nothing has depended on max_iters, so giving the number repeats the run exactly.
+    recent: for each step its metrics and gradient norm, (metrics + 1,). Raises UserError if one is not finite.
     """
-    slowest = torch.tensor(step_seconds, dtype=torch.float64)
-    all_reduce(slowest, dist.ReduceOp.MAX)  # all processes must choose the same number
-    left = torch.tensor(60 * s.minutes - (time.perf_counter() - start), dtype=torch.float64)
-    all_reduce(left, dist.ReduceOp.MIN)
-    s.max_iters = step + max(1, int(0.95 * left / slowest))  # a twentieth for evaluating and saving
-    if process_rank() == 0:
-        again = f"--minutes=0 --max_iters={s.max_iters} repeats this run"
-        tqdm.write(f"minutes = {s.minutes:g}: {slowest:.2f} s a step; max_iters = {s.max_iters:,} ({again})")
+    *columns, norms = torch.stack(recent).T.tolist()
+    means = {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
+    finite = math.isfinite(means["loss"]) and (scaler.is_enabled() or all(map(math.isfinite, norms)))
+    if not finite or (scaler.is_enabled() and scaler.get_scale() < 1):  # it halves at each overflow of float16
+        found = f"loss {means['loss']}, gradient norm {norms[-1]}"
+        raise UserError(f"step {step}: {found}; training diverged; try a learning_rate below {s.learning_rate}")
+    return means | {"grad_norm": norms[-1] if math.isfinite(norms[-1]) else None}
 
 
-def print_plan(s: LoopSettings, state: TrainState, n_sequences: int, device, dtype) -> None:
-    per_step = s.batch_size * s.gradient_accumulation_steps
-    print("\n".join(f"{key} = {value!r}" for key, value in dataclasses.asdict(s).items()))
-    print(
-        f"{state.model.count_parameters():,} parameters; {per_step * s.block_size:,} tokens a step; {s.max_iters:,} "
-        f"steps are {s.max_iters * per_step / n_sequences:.1f} epochs of {n_sequences:,} sequences\n{device}, {dtype}; "
-        f"estimated memory {estimate_memory(state.model, s, dtype, device) / 2**20:,.0f} MiB beside PyTorch itself"
-    )
-    print(f"resuming at step {state.step:,}" if state.step else "starting from the beginning", flush=True)
+def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
+    """Raise a UserError if weights are not finite or differ between the processes."""
+    sums = torch.stack([p.detach().float().sum() for p in trainable]).cpu()  # (parameters,)
+    least, most = sums.clone(), sums.clone()
+    all_reduce(least, dist.ReduceOp.MIN)
+    all_reduce(most, dist.ReduceOp.MAX)
+    if not least.equal(most) or not sums.isfinite().all():
+        raise UserError(f"step {step}: weights are not finite or differ between processes; not saved; --resume=True")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The loop
+@torch.no_grad()
+def print_sample(model: GPT, tokenizer, prompt: list[int], s: LoopSettings) -> None:
+    """Print a story that the model writes now, one token after the other with a KV cache.
+
+    It is plain on purpose: temperature 0.8, the 50 most likely tokens. sample.py does more, for many stories at once.
+    """
+    device, story = model.embedding.weight.device, list(prompt)
+    cache, generator = model.new_cache(1, model.config.block_size), torch.Generator(device).manual_seed(s.seed)
+    for position in range(model.config.block_size - 1):
+        token, at = (torch.tensor([[n]], device=device) for n in (story[position], position))  # (1, 1) each
+        logits = model(token, positions=at, cache=cache)[0, 0]  # (V,)
+        if position == len(story) - 1:  # the prompt is read
+            values, likely = (logits / 0.8).topk(min(50, logits.numel()))  # (50,) each
+            new = likely[torch.multinomial(values.softmax(dim=-1), 1, generator=generator)].item()
+            if new == tokenizer.eos_id():
+                break
+            story.append(new)
+    instruction = " | ".join(tokenizer.decode(prompt).splitlines())  # empty for a plain story
+    text = tokenizer.decode(story[len(prompt) :]).rstrip("\ufffd")  # the last character may be cut
+    tqdm.write((f"[{instruction}]\n" if instruction else "") + text + "\n")
 
 
-def train(
-    s: LoopSettings, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_token_loss, prompt=None
-) -> bool:
+def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_token_loss, prompt=None) -> None:
     """Train `model` in place; write checkpoints and metrics.jsonl to out_dir. Raises UserError.
 
-    train_data and val_data are ShuffledDatasets. loss_fn(model, batch) returns sums over a batch: "loss", and other
-    metrics to log. `metadata` goes into every checkpoint: the tokenizer's bytes and whatever else sampling needs.
-    `prompt`, a list of tokens, begins the sample stories. Returns False if a signal stopped the run.
+    loss_fn(model, batch) returns sums over a batch: "loss", and other metrics to log. `metadata` goes into every
+    checkpoint: the tokenizer's bytes and what else sampling needs. `prompt`, tokens, begins the sample stories.
     """
-    start = time.perf_counter()
-    device, dtype = set_up(s, train_data, val_data)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    state = TrainState(model.to(device), s, device, dtype)
-    restore(s, state, metadata)
-    compiled = compile_model(model, device) if s.compile else model
-    tokenizer = load_tokenizer(metadata["tokenizer"], s.data_dir)
-    val = validation_set(val_data, tokenizer, s)
-    if main_process := process_rank() == 0:
-        print_plan(s, state, len(train_data), device, dtype)
-        log = MetricsLog(s, state.step)
-    recent = StepMetrics(s, model, state.step, device, dtype)
-    progress = tqdm(total=s.max_iters, initial=state.step, unit="step", disable=None if main_process else True)
+    start, out_dir = time.perf_counter(), Path(s.out_dir)
+    check_run(s, train_data, val_data)
+    device, checkpoints = choose_device(s.device), find_checkpoints(out_dir)
+    if checkpoints and not s.resume:
+        raise UserError(f"{out_dir}: holds a run ({checkpoints[0].name}); add --resume=True or choose another out_dir")
+    saved = read_checkpoint(checkpoints[0]) if checkpoints else {}
+    dtype = settle_dtype(s, device, saved)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    stopping = False
-    with stop_on_signal() as should_stop, progress as bar:
-        upcoming = get_batch(train_data, state.step, s, device)
-        while state.step < s.max_iters and not stopping:
-            # One step: forward, backward, update.
-            state.set_learning_rate(learning_rate_at(state.step, s))
-            (micro_batches, n_targets), sums = upcoming, torch.zeros((), device=device)
-            for batch in micro_batches:
-                with autocast():
-                    metrics = loss_fn(compiled, batch)
-                state.scaler.scale(metrics["loss"] / n_targets).backward()
-                sums = sums + torch.stack(list(metrics.values())).detach()  # (metrics,)
-            upcoming = get_batch(train_data, state.step + 1, s, device)  # while the device still computes
-            all_reduce_together([sums, *(p.grad for p in state.trainable if p.grad is not None)])
-            grad_norm = state.update(s.grad_clip)
-            recent.add(list(metrics), sums / n_targets, grad_norm)
-            bar.update()
+    # Model and optimizers. float16 gradients are scaled, or they would underflow; else the scaler does nothing.
+    model.to(device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizers = make_optimizers(model, s, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-            # At intervals: log, evaluate, save, sample. Only here is a number read from the device.
-            step, last, stopping = state.step, state.step == s.max_iters, should_stop()
-            should_save = last or stopping or step % s.save_interval == 0
-            choose_length = s.minutes > 0 and step == s.warmup_iters
-            should_log = should_save or choose_length or step % s.log_interval == 0  # a resumed run logs the same steps
-            should_eval = last or step % s.eval_interval == 0
-            should_sample = s.sample_interval > 0 and (last or step % s.sample_interval == 0)
-            if should_eval or should_sample:
-                recent.read(state.scaler)  # never evaluate a model that has diverged
-            if should_log:
-                line = recent.next_line(state.scaler, learning_rate_at(step - 1, s))
-                if main_process:
-                    log.write(line)
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{line['tokens_per_second']:,.0f}")
-            if choose_length:
-                fit_into_minutes(s, step, start, recent.tokens_per_step / line["tokens_per_second"])
-                bar.total = s.max_iters
-            pause = time.perf_counter()
+    # Resume from the newest checkpoint in out_dir
+    step, seconds_before = saved.get("step", 0), saved.get("seconds", 0.0)
+    if saved:
+        check_same_run(saved, checkpoints[0], s, model, metadata)
+        try:
+            model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if saved["scaler"]:  # empty if that run was not in float16
+                scaler.load_state_dict(saved["scaler"])
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise UserError(f"{checkpoints[0]}: training cannot continue from it ({e!r}); remove it") from None
+
+    compiled_loss = compile_function(loss_fn, device) if s.compile else loss_fn
+    tokenizer = load_tokenizer(metadata["tokenizer"], f"{s.data_dir}/tokenizer.model")
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * train_data.tokens_per_sequence
+    if RANK == 0:
+        epochs = s.max_iters * s.batch_size * s.gradient_accumulation_steps / len(train_data)
+        print("\n".join(f"{key} = {value!r}" for key, value in dataclasses.asdict(s).items()))
+        print(f"{model.count_parameters():,} parameters, {device}, {dtype}, {tokens_per_step:,} tokens a step")
+        print(f"{s.max_iters:,} steps are {epochs:.1f} epochs of {len(train_data):,} sequences")
+        print(f"resuming at step {step:,}" if step else "starting from the beginning", flush=True)
+    peak_flops = matmul_flops(device, dtype) * WORLD_SIZE
+    log = open_log(s, step) if RANK == 0 else lambda line: None
+    stop_requested = catch_signals()
+    recent, stopping, seconds, clock = list[torch.Tensor](), False, seconds_before, time.perf_counter()
+    bar = tqdm(total=s.max_iters, initial=step, unit="step", disable=None if RANK == 0 else True)
+    next_batch = get_batch(train_data, step, s, device)
+    progress = progress_of(step, seconds, s)
+    while progress < 1 and not stopping:
+        # Forward and backward. The summed loss is divided once, by all targets of the step (why: GPT.loss).
+        (micro_batches, denominator), sums = next_batch, []
+        for batch in micro_batches:
+            with autocast:
+                metrics = compiled_loss(model, batch)
+            scaler.scale(metrics["loss"] / denominator).backward()
+            sums.append(torch.stack(list(metrics.values())).detach())  # (metrics,)
+        next_batch = get_batch(train_data, step + 1, s, device)  # while the device still computes
+        means = torch.stack(sums).sum(dim=0) / denominator  # (metrics,)
+        all_reduce_together([means, *(p.grad for p in trainable if p.grad is not None)])
+
+        # Clip and step
+        learning_rate = learning_rate_at(step, progress, s)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.grad_clip or math.inf)  # (), before clipping
+        for optimizer in optimizers:
+            if not scaler.is_enabled() or grad_norm.isfinite():  # after a float16 overflow none takes the step
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        recent.append(torch.cat([means, grad_norm.view(1)]))  # (metrics + 1,)
+        bar.update()
+
+        # What all processes must know alike: does one have to stop, and how long has this run taken?
+        step += 1
+        elapsed = time.perf_counter() - start
+        shared = torch.tensor([stop_requested.is_set(), seconds_before + elapsed], dtype=torch.float64)
+        all_reduce(shared, dist.ReduceOp.MAX)
+        stopping, seconds = bool(shared[0]), shared[1].item()
+
+        progress = progress_of(step, seconds, s)
+        last = progress >= 1
+        should_save = last or stopping or step % s.save_interval == 0
+        should_eval = last or step % s.eval_interval == 0
+        should_sample = s.sample_interval > 0 and (last or step % s.sample_interval == 0)
+        if should_save or should_eval or should_sample or step % s.log_interval == 0:
+            line = {"step": step, "tokens": step * tokens_per_step}
+            line |= read_metrics(recent, list(metrics), step, scaler, s)
+            speed = len(recent) * tokens_per_step / (time.perf_counter() - clock)  # tokens a second
+            line |= {"learning_rate": learning_rate, "tokens_per_second": speed}
+            line |= {"mfu": speed * model.flops_per_token(s.block_size) / peak_flops}
+            line |= {"peak_memory": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
             if should_eval:
-                means = evaluate(compiled, val, loss_fn, device, autocast)
-                if main_process:
-                    log.write({"step": step, "tokens": step * recent.tokens_per_step, **means})
-                    shown = ", ".join(f"{name[4:].replace('_', ' ')} {value:.4f}" for name, value in means.items())
-                    tqdm.write(f"step {step:,}: validation {shown}")
-            if should_save and main_process:
-                log.sync()  # the lines of a checkpoint are on the disk before it is
-                save(state, s, metadata)
-            if should_sample and main_process:
-                print_sample(model, tokenizer, prompt or [tokenizer.eos_id()], s)
-            recent.start += time.perf_counter() - pause  # only training counts for the speed
+                line |= evaluate(compiled_loss, model, val_data, tokenizer, list(metrics), s, autocast)
+            log(line)
+            recent = []
+            bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{speed:,.0f}")
+        if should_eval and RANK == 0:
+            shown = (f"{name[4:].replace('_', ' ')} {value:.4f}" for name, value in line.items() if "val_" in name)
+            tqdm.write(f"step {step:,}: validation {', '.join(shown)}")
+        if should_save:
+            check_weights(trainable, step)
+            if RANK == 0:
+                checkpoint = {
+                    "model": model.state_dict(),
+                    "model_config": dataclasses.asdict(model.config),
+                    "settings": dataclasses.asdict(s),
+                    "step": step,
+                    "seconds": seconds,
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": scaler.state_dict(),
+                    **metadata,
+                }
+                with atomic_write(out_dir / f"ckpt_{step:06d}.pt") as f:
+                    torch.save(checkpoint, f)
+                for old in find_checkpoints(out_dir)[2:]:
+                    old.unlink()
+        if should_sample and RANK == 0:
+            print_sample(model, tokenizer, prompt or [tokenizer.eos_id()], s)
+        if not recent:
+            clock = time.perf_counter()  # only training counts for the speed
 
-    if main_process and stopping and state.step < s.max_iters:
-        python = ["python"] if world_size() == 1 else ["torchrun", "--standalone", f"--nproc_per_node={world_size()}"]
-        command = shlex.join([*python, *sys.argv, "--resume=True"])
-        print(f"stopped and saved at step {state.step}; to continue: {command}")
-    all_reduce(torch.zeros(1))  # the other processes wait until the first has saved
-    return not stopping
+    bar.close()
+    if RANK == 0:
+        advice = "" if progress >= 1 else "; to continue, give the same command with --resume=True"
+        print(f"{'stopped' if advice else 'finished'} and saved at step {step}{advice}")
 
 
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
-    with processes(s):
-        train_data, val_data, metadata = open_data(s)
-        vocab_size = load_tokenizer(metadata["tokenizer"], s.data_dir).vocab_size()
-        train(s, new_model(s, vocab_size), train_data, val_data, metadata)
+    with process_group(s):
+        train_data, val_data, meta, metadata = open_data(s)
+        train(s, new_model(s, meta["vocab_size"]), train_data, val_data, metadata)
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

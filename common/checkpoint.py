@@ -1,24 +1,23 @@
-"""Checkpoints: one file holds the weights, the model's shape and the tokenizer, and so samples anywhere.
+"""Reading a checkpoint and choosing the hardware: what training, sampling and the tools share.
 
-With the optimizers, the step and the settings beside them it also resumes. No file is trusted.
+A checkpoint is one file: weights, the model's shape and the tokenizer, so that it samples anywhere; and the optimizers,
+the step and the settings, so that training continues from it. `train.train` writes it.
 """
 
-import dataclasses
 import math
+import os
 import pickle
 import re
+import shutil
 import sys
-import zipfile
+import sysconfig
+import time
 from pathlib import Path
 
 import torch
 
-from common.files import atomic_write
-from common.settings import UserError
+from common.files import UserError
 from model import GPT, ModelConfig
-
-# ---------------------------------------------------------------------------------------------------
-# Find and read
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -30,140 +29,99 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict:
     """Load a checkpoint onto the CPU; only tensors and plain values are accepted, never code.
 
-    `path` is a file, or a folder, of which the newest checkpoint is read. Raises UserError.
+    `path` is a file, or a folder for its newest one. Raises UserError. Damage is left to `python -m tools.check`.
     """
     if path.is_dir():
-        checkpoints = find_checkpoints(path)
-        if not checkpoints:
+        if not (checkpoints := find_checkpoints(path)):
             raise UserError(f"{path}: no checkpoint (ckpt_*.pt) in this folder; has the training saved one?")
         path = checkpoints[0]
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums
-            members = archive.infolist()
-            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
-                raise ValueError("compressed or overlapping entries")  # a small file could fill the memory
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused: not a checkpoint, or one that would run code when loaded") from None
+        checkpoint["model"], checkpoint["model_config"], checkpoint["tokenizer"], checkpoint["step"]  # raises KeyError
     except Exception as e:  # a damaged file can raise anything in the unpickler
-        reason = str(e).split("\n")[0]
-        raise UserError(f"{path}: not a checkpoint, or damaged ({reason}); use an older one") from None
-    entries = {"model": dict, "model_config": dict, "settings": dict, "tokenizer": bytes, "step": int}
-    for name, kind in entries.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: not a checkpoint of this program ({name!r} is missing or not {kind.__name__})")
-    settings, template = checkpoint["settings"], checkpoint.get("template", "")
-    if not all(type(value) in (bool, int, float, str) for value in (*settings.values(), template)):
-        raise UserError(f"{path}: not a checkpoint of this program (settings or template are not text and numbers)")
-    if checkpoint["step"] < 0:
-        raise UserError(f"{path}: not a checkpoint of this program (step {checkpoint['step']})")
+        reason = str(e).split("\n")[0][:200] if str(e) else type(e).__name__
+        if isinstance(e, pickle.UnpicklingError):  # PyTorch's own message advises to load it all the same
+            reason = "it is damaged, or holds code"
+        raise UserError(f"{path}: not a checkpoint that can be read ({reason}); is there an older one?") from None
     return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest complete checkpoint of a run; a damaged one is reported and skipped. None if there is none."""
-    paths = find_checkpoints(folder)
-    for path in paths:
-        try:
-            return path, read_checkpoint(path)
-        except UserError as e:
-            if path == paths[-1]:
-                raise
-            print(f"{e}\nusing the one before", file=sys.stderr)
-    return None
+def build_model(checkpoint: dict, path: Path) -> GPT:
+    """The model of a checkpoint, in float32 on the CPU. Raises UserError naming `path`.
 
-
-# ---------------------------------------------------------------------------------------------------
-# The model
-
-
-def merged_weights(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint; those with a LoRA adapter as W + (alpha / rank) B A.
-
-    Raises KeyError, TypeError or ValueError for adapters that do not fit.
+    A weight with a LoRA adapter (sft.py) becomes W + (alpha / rank) B A.
     """
-    weights = dict(checkpoint["model"])
-    if lora := checkpoint.get("lora"):
-        scale = lora["alpha"] / lora["rank"]
-        adapted = [name for name in weights if name.endswith(".parametrizations.weight.original")]
-        if not adapted:
-            raise ValueError("there are no adapters")
-        for name in adapted:
+    try:
+        weights = dict(checkpoint["model"])
+        for name in [name for name in weights if name.endswith(".parametrizations.weight.original")]:
             prefix = name.removesuffix("original")
             w, a, b = (weights.pop(prefix + part) for part in ("original", "0.A", "0.B"))
-            if (a.shape, b.shape) != ((lora["rank"], w.size(1)), (w.size(0), lora["rank"])):
-                raise ValueError(f"{prefix}: the adapter does not have rank {lora['rank']}")
-            weights[prefix.removesuffix("parametrizations.weight.") + "weight"] = w + scale * (b @ a)  # (out, in)
-    return weights
-
-
-def build_model(checkpoint: dict, path: Path) -> GPT:
-    """The model of a checkpoint, adapters merged, in float32 on the CPU. Raises UserError naming `path`."""
-    try:
-        config, weights = ModelConfig(**checkpoint["model_config"]), merged_weights(checkpoint)
-        layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-        if len(layers) != config.n_layer:
-            raise ValueError(f"the shape has {config.n_layer} layers, the weights {len(layers)}")
-        # Before memory is allocated for a model: the config could claim a shape that no memory can hold.
-        block = "blocks.0."
-        shapes = {
-            "embedding.weight": (config.vocab_size, config.n_embd),
-            f"{block}attention.q_proj.weight": (config.n_head * config.head_dim, config.n_embd),
-            f"{block}attention.k_proj.weight": (config.n_kv_head * config.head_dim, config.n_embd),
-            f"{block}mlp.gate_proj.weight": (config.intermediate_size, config.n_embd),
-        }
-        for name, shape in shapes.items():
-            if weights[name].shape != shape or weights[name].untyped_storage().nbytes() < 4 * math.prod(shape):
-                raise ValueError(f"{name} is not a float32 tensor of {shape}")
-        model = GPT(config)
-        for name, weight in model.state_dict().items():
-            saved = weights[name]
-            if saved.shape != weight.shape or saved.dtype != torch.float32 or not saved.is_contiguous():
-                raise ValueError(f"{name} is not a float32 tensor of {tuple(weight.shape)}")
+            merged = w + checkpoint["lora"]["alpha"] / a.size(0) * (b @ a)  # a: (rank, in)
+            weights[prefix.replace("parametrizations.weight.", "weight")] = merged
+        model = GPT(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as e:
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{path}: weights and shape do not fit ({str(e).splitlines()[0]})") from None
     return model
 
 
-# ---------------------------------------------------------------------------------------------------
-# Save and resume
+# ---- The hardware ----------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint atomically. Raises UserError."""
+def choose_device(name: str) -> torch.device:
+    """The device, as asked for or the best there is. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":  # torchrun gives each of its processes a card by this number
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        with atomic_write(path) as f:
-            torch.save(state, f)
-    except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"{path}: not saved ({reason}); older ones are intact, continue with --resume=True") from e
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # raises if there is no such device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device = {name!r}: PyTorch finds no such device here; try --device=cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    return device
 
 
-def checkpoint_to_resume(s, model: GPT, metadata: dict) -> dict | None:
-    """The newest complete checkpoint in s.out_dir, checked to be of this run; None if there is none.
+def matmul_flops(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
+    """The FLOP/s of a product of n x n matrices, the best of a few tries; by default of large ones."""
+    n = n or (8192 if device.type == "cuda" else 512)
+    a, best = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # reading a number waits for the product
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
-    Raises UserError for a folder with a run when s.resume is False, and for a run with another shape, other data
-    or another value of a `fixed` setting.
+
+def choose_dtype(name: str, device: torch.device, show: bool = False) -> torch.dtype:
+    """The type of the matrix products, as asked for or the fastest.
+
+    On a CPU "auto" measures, in milliseconds: some that list instructions for bfloat16 are slower with them.
     """
-    out_dir = Path(s.out_dir)
-    if not s.resume and (checkpoints := find_checkpoints(out_dir)):
-        raise UserError(f"{out_dir}: holds a run ({checkpoints[0].name}); add --resume=True or choose another out_dir")
-    path, state = newest_checkpoint(out_dir) or (None, None)
-    if not state:
-        return None
-    for field in dataclasses.fields(s):
-        # A setting newer than the checkpoint: its default is how training was before.
-        now, then = getattr(s, field.name), state["settings"].get(field.name, field.default)
-        if field.metadata.get("fixed") and now != then:
-            raise UserError(f"{field.name} = {now!r}: {path} has {then!r}; use that")
-    if state["model_config"] != dataclasses.asdict(model.config):
-        raise UserError(f"{path}: the model there has another shape or vocabulary; choose another out_dir")
-    for name, value in metadata.items():
-        if state.get(name) != value:
-            raise UserError(f"{path}: that run used another {name} than {s.data_dir}; choose another out_dir")
-    return state
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    float32, bfloat16 = (matmul_flops(device, dtype, 256) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    if show:
+        print(f"matrix products: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in bfloat16")
+    return torch.bfloat16 if bfloat16 > 1.15 * float32 else torch.float32
+
+
+def compile_function(function, device: torch.device, mode: str | None = None):
+    """torch.compile(function); where that cannot work, `function` itself."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions
+    if device.type == "mps":
+        return function
+    if not (shutil.which(compiler) and header.exists()):
+        print("no compiler here (try: apt install g++ python3-dev): continuing without torch.compile, which is slower")
+        return function
+    return torch.compile(function, mode=mode)

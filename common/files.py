@@ -1,15 +1,16 @@
-"""Files: one writer to a folder, and files that are either complete or not there."""
+"""Files written whole, one writer to a folder, the user's errors, the tokenizer."""
 
+import argparse
 import contextlib
-import errno
-import hashlib
-import json
+import io
 import os
-import socket
+import re
 import sys
-import time
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import sentencepiece
 
 fcntl: Any
 try:
@@ -17,63 +18,61 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# ---------------------------------------------------------------------------------------------------
+# Errors of the user: one line, exit status 2, no traceback. A bug of ours shows its traceback.
 
-def take_lock(file) -> None:
-    """Lock an open file without waiting.
 
-    Raises BlockingIOError if another process holds the lock; another OSError if there are no locks here.
-    """
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
+class UserError(Exception):
+    """Something the user can fix. The message names the file or key, what was found, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def report_errors(main) -> None:
+    """Call main(). A UserError, or an error of the system, is printed in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show Chinese prints \u5c0f instead
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        import msvcrt
-    except ImportError:
-        raise OSError("no locks on this system") from None
-    file.seek(1 << 30)  # a byte beyond the text, which others must be able to read
-    try:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        return main()
+    except UserError as e:
+        message = str(e)
     except OSError as e:
-        raise BlockingIOError from e
+        message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except (RuntimeError, MemoryError) as e:
+        out_of_memory = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)  # on GPU, on CPU
+        if isinstance(e, RuntimeError) and not out_of_memory:
+            raise
+        message = f"out of memory ({str(e).splitlines()[0] if str(e) else 'none left'}); try a smaller batch_size"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- Files -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: Path):
-    """Hold the lock file `path`, which protects `what`, while the body runs.
+    """Hold the lock file `path`, which protects `what`, while the body runs. Raises UserError if it is held.
 
-    Raises BlockingIOError, with `what` and the process that holds the lock. The lock is the kernel's and ends with
-    its process, however that ends: a lock file left by a killed process is taken over.
+    The lock is the kernel's and ends with its process; the file stays. Windows has no such lock.
     """
-    new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as it is locked)
+    with open(path, "ab") as file:
         try:
-            take_lock(file)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "another process"
-            raise BlockingIOError(errno.EAGAIN, f"in use by {holder}; wait for it, or stop it", str(what)) from None
+            raise UserError(f"{what}: in use by another process; wait for it, or stop it") from None
         except OSError:
-            pass  # no locks here: continue without one
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()  # the holder has just removed this file: a lock on it protects nothing
-    try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}: {' '.join(sys.argv)}")
-            file.flush()
+            pass  # a file system without locks
         yield
-    finally:
-        with contextlib.suppress(PermissionError):  # Windows removes no open file: the unlocked lock file stays
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            file.close()
-        with contextlib.suppress(OSError):  # remove the folder again if it stayed empty
-            if new:
-                path.parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -92,13 +91,15 @@ def atomic_write(path: Path):
         sync_folder(path.parent)
     except BaseException as e:
         beside.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            e.filename = e.filename or str(path)  # the error of a full disk has no file name
+        error = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the error of a full disk,
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # which has no file name
+            raise error from None
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that the renames in it survive a power cut. Windows has no such call."""
+    """Flush the renames in a folder to the disk. Windows has no such call."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -106,6 +107,40 @@ def sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def json_checksum(value) -> str:
-    """SHA-256 of a value written as JSON: meta.json carries that of its other entries."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+# ---- Text and tokenizer ----------------------------------------------------------------------------
+
+# Control tokens frame the two parts. Text never becomes one of them, so no instruction can forge a response.
+CONTROL_TOKENS = ["<|user|>", "<|assistant|>"]
+TEMPLATE = "<|user|>{instruction}<|assistant|>{response}"
+
+
+def clean(text: str) -> str:
+    """Unicode NFC, line ends as \\n, no white space around. Raises UnicodeEncodeError for a lone surrogate."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    text.encode()  # JSON can spell half of a surrogate pair, which no file can store
+    return text
+
+
+def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model from its bytes. Raises UserError naming `name` if it cannot be used."""
+    try:
+        loaded = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
+    except (RuntimeError, ValueError):
+        raise UserError(f"{name}: not a SentencePiece model") from None
+    if not 0 < loaded.vocab_size() <= 65536:
+        raise UserError(f"{name}: {loaded.vocab_size():,} pieces; the uint16 token files hold at most 65,536")
+    if loaded.eos_id() < 0 or not loaded.is_control(loaded.eos_id()):
+        raise UserError(f"{name}: has no control token for the end of a text (eos)")
+    return loaded
+
+
+def template_tokens(template: str, tokenizer) -> tuple[list[int], list[int]]:
+    """The control tokens of a template: those before the instruction, and the one before the response.
+
+    Raises UserError.
+    """
+    parts = re.fullmatch(r"(.*)\{instruction\}(.+)\{response\}", str(template))
+    ids = [tokenizer.piece_to_id(piece) for piece in parts.groups() if piece] if parts else []
+    if not ids or not all(map(tokenizer.is_control, ids)):
+        raise UserError(f"the template {template!r} does not fit the tokenizer: …{{instruction}}…{{response}} expected")
+    return ids[:-1], ids[-1:]

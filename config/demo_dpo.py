@@ -1,6 +1,6 @@
 """Preference tuning of the demo's model, on two CPU cores.
 
-    python dpo.py config/demo_dpo.py
+    python -m tools.dpo config/demo_dpo.py
 
 About 400 pairs of the best and the worst of four stories that the model samples itself, two epochs. With three times
 this learning rate it forgets more than it learns (docs/experiments.md).

@@ -11,10 +11,10 @@ memory; all steps would take 24 minutes.
 If memory is short, halve batch_size and double gradient_accumulation_steps: the run stays the same.
 """
 
-base = "one_gpu.py"
 data_dir = "data/microstories"
 out_dir = "out/microstories"
 
+block_size = 512
 n_layer = 12
 n_head = 8
 n_kv_head = 4
@@ -28,3 +28,11 @@ gradient_accumulation_steps = 4  # 64 x 4 x 512 = 131,072 tokens a step
 max_iters = 10_000
 learning_rate = 0.005
 warmup_iters = 200
+
+log_interval = 20
+eval_interval = 500
+eval_sequences = 512
+sample_interval = 500
+save_interval = 500
+
+deterministic = False  # its cost on a GPU has not been measured

@@ -10,10 +10,10 @@ Estimated for one RTX 3090: 70 TFLOP a step, 6.9 hours at 40% of its 71 TFLOP/s 
 took 5 GB of memory; all steps would take 41 minutes.
 """
 
-base = "one_gpu.py"
 data_dir = "data/microstories_chatglm"
 out_dir = "out/microstories_chatglm"
 
+block_size = 512
 n_layer = 6
 n_head = 6
 n_kv_head = 6
@@ -30,3 +30,11 @@ learning_rate = 5e-4
 schedule = "cosine"
 min_lr = 5e-5
 warmup_iters = 1000
+
+log_interval = 20
+eval_interval = 500
+eval_sequences = 512
+sample_interval = 500
+save_interval = 500
+
+deterministic = False  # its cost on a GPU has not been measured

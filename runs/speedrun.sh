@@ -27,7 +27,7 @@ if [ "${1:-}" = --quick ]; then
     [ -e data/quick.jsonl ] || python -m stories.generate --out data/quick.jsonl --count 1000
     input=(data/quick.jsonl --val_fraction=0.05 --vocab_size=2048)
     loop=(--block_size=256 --batch_size=4 --gradient_accumulation_steps=2 --max_iters=24 --warmup_iters=4
-          --log_interval=4 --eval_interval=12 --eval_blocks=16 --sample_interval=0 --save_interval=12 --compile=False)
+          --log_interval=4 --eval_interval=12 --eval_sequences=16 --sample_interval=0 --save_interval=12 --compile=False)
     train=("${loop[@]}" --n_layer=2 --n_head=2 --n_kv_head=1 --n_embd=64 --intermediate_size=128)
     sft=("${loop[@]}") dpo=("${loop[@]}" --instructions=16 --samples=2 --epochs=0 --reference_chosen=True)
     sampling=(--max_new_tokens=60)
@@ -56,7 +56,7 @@ evaluate "$run"
 stage "fine-tune" python sft.py config/microstories_sft.py --init_from="$run" --data_dir="${data}_sft" \
     --out_dir="${run}_sft" --resume=True "${sft[@]}"
 evaluate "${run}_sft"
-stage "prefer" python dpo.py config/microstories_dpo.py --init_from="${run}_sft" --data_dir="${data}_sft" \
+stage "prefer" python -m tools.dpo config/microstories_dpo.py --init_from="${run}_sft" --data_dir="${data}_sft" \
     --out_dir="${run}_dpo" --resume=True "${dpo[@]}"
 evaluate "${run}_dpo"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.settings import UserError
+from common.files import UserError
 from stories.read import BLOCK
 
 DATASETS = {  # name: (repository, file, the key of the story)
@@ -59,19 +59,15 @@ def download(dataset: str, folder: Path) -> Path:
                 raise ConnectionError("the connection broke")
             os.replace(part, path)
             tag.unlink()
-        except urllib.error.HTTPError as e:
-            if e.code == 416:  # the part is longer than the file: begin again
-                part.unlink()
-            elif e.code < 500:
-                reason = str(e.reason).splitlines()[0]
-                raise UserError(f"{url}: {e.code} {reason}; set HF_ENDPOINT to use a mirror") from None
-            failures += 1
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+            code, reason = getattr(e, "code", 0), str(getattr(e, "reason", e)).partition("\n")[0]
+            if code == 416:  # the part is longer than the file: begin again
+                part.unlink()
+            elif 300 <= code < 500:
+                raise UserError(f"{url}: {code} {reason}; set HF_ENDPOINT to use a mirror") from None
             failures += 1
-            print(f"{url}: {getattr(e, 'reason', e)}; trying again", file=sys.stderr)
+            print(f"{url}: {reason}; trying again", file=sys.stderr)
         if failures > 5:
-            raise UserError(
-                f"{url}: gave up after {failures} tries; run again to continue, or set HF_ENDPOINT to a mirror"
-            )
+            raise UserError(f"{url}: {failures} tries failed; run again to continue, or set HF_ENDPOINT to a mirror")
         time.sleep(2**failures - 1)
     return path

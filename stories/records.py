@@ -4,11 +4,12 @@ A record is read whole or refused. One that has something the template cannot ho
 is left out, and the report counts it.
 """
 
+import hashlib
 import itertools
 import random
 import re
 
-from common.settings import UserError
+from common.files import UserError
 from stories.constraints import read_constraints, split_list, write_constraints
 
 # The keys of a response, and the keys that may hold its prompt.
@@ -21,7 +22,18 @@ PAIRS = {
 PROMPTS = ("instruction", "prompt", "query", "question", "input")  # beside a response, none of these is ignored
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
-EXTRAS = ("history", "system")  # what the template has no place for
+EXTRAS = {"history": "history", "system": "system prompt"}  # what the template has no place for
+
+
+def text_digest(*texts: str) -> int:
+    """A number below 2**64 that is as if random but always the same for the same texts.
+
+    It finds duplicates and decides which split a text belongs to. (That any two of 4 million texts share one has a
+    probability of 1 in 2 million.)
+    """
+    lengths = [str(len(text)) for text in texts[:-1]]  # where one text ends and the next begins
+    hashed = hashlib.blake2b("".join([*lengths, *texts]).encode(), digest_size=16, key=b"split 1337").digest()
+    return int.from_bytes(hashed[:8], "big")
 
 
 class LeftOut(Exception):
@@ -53,8 +65,7 @@ def story_of(record, where: str, text_key: str) -> str:
     return text_of(record, text_key, where)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Prompts and responses
+# ---- Prompts and responses -------------------------------------------------------------------------
 
 
 def turns_of(value, key: str, where: str) -> list[tuple[str, str]]:
@@ -74,10 +85,10 @@ def turns_of(value, key: str, where: str) -> list[tuple[str, str]]:
 
 def question_and_answer(turns: list[tuple[str, str]], key: str, where: str) -> tuple[str, str]:
     """The texts of a conversation of one question and one answer. Raises UserError, and LeftOut for a longer one."""
-    roles = [role for role, _ in turns]
-    if "system" in roles and any(text.strip() for role, text in turns if role == "system"):
+    if any(role == "system" and text.strip() for role, text in turns):
         raise LeftOut("system prompt")
-    (turns, roles) = ([t for t in turns if t[0] != "system"], [role for role in roles if role != "system"])
+    turns = [turn for turn in turns if turn[0] != "system"]
+    roles = [role for role, _ in turns]
     if unknown := set(roles) - {"user", "assistant"}:
         raise LeftOut(f"turn of {sorted(unknown)[0]!r}")
     if "user" not in roles or "assistant" not in roles:
@@ -92,10 +103,10 @@ def refuse_extras(record: dict) -> None:
     """Raise LeftOut if a record has earlier turns or a system prompt, or is labelled as bad (KTO's data)."""
     if record.get("label") is False:
         raise LeftOut("labelled as false")
-    for key in EXTRAS:
+    for key, reason in EXTRAS.items():
         value = record.get(key)
         if value.strip() if isinstance(value, str) else value:
-            raise LeftOut("history" if key == "history" else "system prompt")
+            raise LeftOut(reason)
 
 
 def prompt_of(record: dict, keys: tuple[str, ...], where: str) -> str:
@@ -108,36 +119,27 @@ def prompt_of(record: dict, keys: tuple[str, ...], where: str) -> str:
     return "\n".join(text for key in present if (text := text_of(record, key, where)).strip())
 
 
-def pair_form(record, text_key: str, where: str) -> tuple[str, str] | None:
-    """(form, key of the response) of a record with a prompt and a response; None for a story with its labels.
+def response_key(record, text_key: str, where: str) -> str | None:
+    """The key of the response of a record with a prompt; None for a story with its labels.
 
-    A form names the keys for the report. Raises UserError if the record could be read in two ways.
+    Raises UserError if the record could be read in two ways.
     """
     if not isinstance(record, dict):
         return None
-    responses = [key for key in PAIRS if key in record]
-    conversations = [key for key in CONVERSATIONS if key in record]
-    if len(responses) + len(conversations) > 1:
-        both = " and ".join(map(repr, responses + conversations))
+    present = [key for key in (*PAIRS, *CONVERSATIONS) if key in record]
+    if len(present) > 1:
+        both = " and ".join(map(repr, present))
         raise UserError(f"{where}: holds {both}; which is the response? rename or remove the other")
-    if conversations:
-        return conversations[0], conversations[0]
+    if present:
+        return present[0]
     prompts = [key for key in PROMPTS if isinstance(record.get(key), str) and record[key].strip()]
-    if not responses and prompts and text_key in record:
-        responses = [text_key]  # the story beside a prompt is the response to it
-    if not responses and prompts:
-        known = ", ".join(PAIRS)
-        raise UserError(
-            f"{where}: holds the prompt {prompts[0]!r}, but no response ({known}); the keys here are {keys_of(record)}"
-        )
-    if not responses:
-        return None
-    keys = [key for key in PROMPTS if key in record and (key != "input" or text_of(record, key, where).strip())]
-    return "/".join([*keys, responses[0]]), responses[0]
+    if prompts and text_key not in record:
+        missing = f"holds the prompt {prompts[0]!r}, but no response ({', '.join(PAIRS)})"
+        raise UserError(f"{where}: {missing}; the keys here are {keys_of(record)}")
+    return text_key if prompts else None  # the story beside a prompt is the response to it
 
 
-# ---------------------------------------------------------------------------------------------------
-# Instructions
+# ---- Instructions ----------------------------------------------------------------------------------
 
 
 def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) -> dict[str, str]:
@@ -157,16 +159,14 @@ def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) 
     return {name: value for name, value in constraints.items() if isinstance(value, str) and value.strip()}
 
 
-def examples_of(record, where: str, text_key: str, augment: int) -> tuple[str, list[tuple[str, str]]]:
-    """The form of a record, for the report, and its examples: (instruction, response) each.
+def examples_of(record, where: str, text_key: str, augment: int) -> list[tuple[str, str]]:
+    """The examples of a record: (instruction, response) each. Raises UserError, and LeftOut.
 
     A prompt is taken as it is. If it is a list of constraints, up to `augment` different lists are made of it: the
     given one first, then other orders and subsets. So too for TinyStories' labels, of which no list is given.
-    Raises UserError, and LeftOut.
     """
     first: list[tuple[str, ...]] = []
-    if found := pair_form(record, text_key, where):
-        form, key = found
+    if key := response_key(record, text_key, where):
         refuse_extras(record)
         if key in CONVERSATIONS:
             instruction, response = question_and_answer(turns_of(record[key], key, where), key, where)
@@ -176,11 +176,11 @@ def examples_of(record, where: str, text_key: str, augment: int) -> tuple[str, l
         extra = text_of(record, "input", where)
         constraints = read_constraints(extra if extra.strip() else instruction)
         if constraints is None:
-            return form, [(instruction, response)]
+            return [(instruction, response)]
         first = [tuple(constraints)]
         rng = random.Random(response.encode(errors="surrogatepass"))
     else:
-        form, response = text_key, story_of(record, where, text_key)
+        response = story_of(record, where, text_key)
         rng = random.Random(response.encode(errors="surrogatepass"))
         constraints = constraints_of(record, response, text_key, rng) if isinstance(record, dict) else {}
         if not constraints:
@@ -188,4 +188,4 @@ def examples_of(record, where: str, text_key: str, augment: int) -> tuple[str, l
     orders = [order for n in range(len(constraints)) for order in itertools.permutations(constraints, n + 1)]
     orders.sort(key=lambda order: rng.random())
     selected = list(dict.fromkeys(first + orders))[:augment]
-    return form, [(write_constraints({name: constraints[name] for name in order}), response) for order in selected]
+    return [(write_constraints({name: constraints[name] for name in order}), response) for order in selected]

@@ -18,8 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-from common.files import json_checksum  # noqa: E402 (the path to it is set above)
-from common.settings import run  # noqa: E402 (the path to it is set above)
+from common.files import report_errors  # noqa: E402 (the path to it is set above)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +69,7 @@ def script_here(main, *args, stdin=""):
     sys.argv, sys.stdin, code = [str(a) for a in args], io.StringIO(stdin), 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(main)
+            report_errors(main)
     except SystemExit as e:
         code = e.code
     finally:
@@ -90,7 +89,7 @@ TINY = {
     "max_iters": 12,
     "warmup_iters": 2,
     "eval_interval": 6,
-    "eval_blocks": 6,
+    "eval_sequences": 6,
     "log_interval": 2,
     "save_interval": 4,
     "compile": False,
@@ -108,13 +107,13 @@ def meta_of(folder):
 
 
 def reseal(folder, **changes):
-    """Make a prepared folder whose files were changed one that prepare.py might have written, checksums and all."""
+    """Make a prepared folder whose files were changed one that prepare.py might have written."""
     meta = meta_of(folder) | changes
     for split in ("train", "val"):
-        meta[split]["sha256"] = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+        data = (folder / f"{split}.bin").read_bytes()
+        meta[split] |= {"sha256": hashlib.sha256(data).hexdigest(), "tokens": len(data) // 2}
     meta["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    del meta["checksum"]
-    (folder / "meta.json").write_text(json.dumps(meta | {"checksum": json_checksum(meta)}))
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def metrics_of(folder):

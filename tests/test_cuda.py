@@ -6,9 +6,12 @@ from conftest import TINY, metrics_of, run_script, tiny, tuning
 from test_model import small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.device import compile_model
+from common.checkpoint import build_model, compile_function, read_checkpoint
+from common.settings import load_settings
 from model import GPT, IGNORE, ModelConfig
 from sample import generate
+from tools.estimate import estimate_memory
+from train import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -36,7 +39,7 @@ def test_loss_and_gradients_equal_the_cpus(masked, compiled):
     losses, gradients = [], []
     for device in ("cpu", "cuda"):
         model = small().to(device)
-        call = compile_model(model, torch.device(device)) if compiled and device == "cuda" else model
+        call = compile_function(model.loss, torch.device(device)) if compiled and device == "cuda" else model.loss
         loss = call(tokens.to(device), targets.to(device), None if documents is None else documents.to(device))
         loss.backward()
         losses.append(loss.item())
@@ -57,7 +60,7 @@ def test_training_attends_with_fused_kernels(masked, n_kv_head):
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     for dtype in (torch.bfloat16, torch.float32):
         with sdpa_kernel(fused), torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-            model(tokens, tokens, documents).backward()
+            model.loss(tokens, tokens, documents).backward()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -108,8 +111,10 @@ def test_torchrun_brings_up_nccl(tiny_data, tmp_path):
 def test_expected_memory_is_near_what_is_taken(tiny_data, tmp_path):
     shape = {"n_layer": 8, "n_embd": 512, "n_head": 8, "n_kv_head": 4, "head_dim": 64, "intermediate_size": 1536}
     shape |= {"block_size": 256, "batch_size": 32, "max_iters": 4, "compile": True, "device": "cuda"}
-    printed = run_script("train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path, **shape)).stdout
-    expected = int(printed.split("about ")[-1].split(" MiB")[0].replace(",", "")) * 2**20
+    run_script("train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path, dtype="bfloat16", **shape))
+    model = build_model(read_checkpoint(tmp_path), tmp_path)
+    s = load_settings(tiny(**shape), Settings, "")
+    expected = estimate_memory(model, s, torch.bfloat16, torch.device("cuda"))
     taken = [line["peak_memory"] for line in metrics_of(tmp_path) if "peak_memory" in line][-1]
     assert 0.7 < taken / expected < 1.3, (taken / 2**20, expected / 2**20)
 
@@ -134,7 +139,7 @@ def test_preferring(tuned_on_cuda, tiny_sft, tmp_path):
     options = {"init_from": tuned_on_cuda, "data_dir": tiny_sft, "out_dir": tmp_path / "dpo", "device": "cuda"}
     options |= {"block_size": TINY["block_size"] * 8, "batch_size": 4, "max_iters": 4, "instructions": 16, "samples": 2}
     options |= {"lora_rank": 4, "compile": False, "reference_chosen": True}
-    run_script("dpo.py", *(f"--{key}={value}" for key, value in options.items()))
+    run_script("-m", "tools.dpo", *(f"--{key}={value}" for key, value in options.items()))
     run_script("sample.py", "--ckpt", tmp_path / "dpo", "--words", "太阳", "--num", 1, "--device", "cuda")
 
 

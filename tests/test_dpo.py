@@ -11,32 +11,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from conftest import ROOT, TUNING, assert_one_line_error, metrics_of, run_script, script_here
 from test_model import as_transformers, small
 from test_train import lines_of, same, same_state, torchrun
 
-import dpo
 import sample
-from common.checkpoint import find_checkpoints, read_checkpoint
-from dpo import PairFile, Settings, pair_of, preference_loss
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint
+from common.files import load_tokenizer
 from model import IGNORE
 from stories.constraints import read_constraints
 from stories.rewards import reward, score
+from tools import dpo
+from tools.dpo import PreferenceDataset, Settings, log_probs, pair_of, preference_loss
 
-FIGURES = {"loss", "accuracy", "margin", "chosen_log_p", "rejected_log_p", "kl"}
+METRICS = {"loss", "accuracy", "margin", "chosen_log_p", "rejected_log_p", "kl"}
 
 
-# ---------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss --------------------------------------------------------------------------------------
 
 
 def pairs_for(model, count=5, length=24, seed=0):
     """Made-up pairs of different lengths, and made-up log-probabilities of a reference."""
     rng, v = np.random.default_rng(seed), model.config.vocab_size
     pairs = [[rng.integers(1, v, rng.integers(2, 8)).tolist() for _ in range(3)] for _ in range(count)]
-    data = PairFile(Path("made up"), pairs, length, 0, seed)
+    data = PreferenceDataset(Path("made up"), pairs, length, 0, seed)
     data.reference = rng.normal(-20, 5, (count, 2)).astype(np.float32)
     return data
 
@@ -52,37 +51,22 @@ def log_p_by_hand(model, prompt, answer):
 
 
 def loss_by_hand(s, log_p, reference, lengths):
-    (pw, pl), (rw, rl), (nw, nl) = log_p, reference, lengths
-    if s.loss == "simpo":
-        x = s.beta / nw * pw - s.beta / nl * pl - s.simpo_gamma
-    elif s.loss == "ipo":
-        return ((pw - rw) / nw - (pl - rl) / nl - 0.5 / s.beta) ** 2 - s.nll_weight * pw / nw
-    else:
-        x = s.beta * ((pw - rw) - (pl - rl))
-    sides = torch.log(1 / (1 + torch.exp(-x))), torch.log(1 / (1 + torch.exp(x)))
-    return -(1 - s.label_smoothing) * sides[0] - s.label_smoothing * sides[1] - s.nll_weight * pw / nw
+    (pw, pl), (rw, rl), (nw, _) = log_p, reference, lengths
+    x = s.beta * ((pw - rw) - (pl - rl))
+    return -torch.log(1 / (1 + torch.exp(-x))) - s.nll_weight * pw / nw
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"beta": 0.5, "label_smoothing": 0.2},
-        {"nll_weight": 0.7},
-        {"loss": "ipo", "beta": 0.3},
-        {"loss": "simpo", "beta": 2.0, "simpo_gamma": 0.4, "nll_weight": 0.1},
-    ],
-)
+@pytest.mark.parametrize("changes", [{}, {"beta": 0.5}, {"nll_weight": 0.7}])
 def test_loss_and_gradients_equal_float64_reference(changes):
     model, s = small(), Settings(**changes)
     data = pairs_for(model)
-    figures = preference_loss(model, data.sequences(range(5)), s)
-    assert figures.keys() == FIGURES
-    figures["loss"].backward()
+    metrics = preference_loss(model, data.sequences(range(5)), s)
+    assert metrics.keys() == METRICS
+    metrics["loss"].backward()
     gradients = {name: p.grad.double() for name, p in model.named_parameters()}
     model = model.double()
     model.zero_grad()
-    total, expected = 0.0, dict.fromkeys(FIGURES, 0.0)
+    total, expected = 0.0, dict.fromkeys(METRICS, 0.0)
     for (prompt, *answers), reference in zip(data.pairs, data.reference.astype(float), strict=True):
         log_p = [log_p_by_hand(model, prompt, answer) for answer in answers]
         total = total + loss_by_hand(s, log_p, reference, list(map(len, answers)))
@@ -90,19 +74,18 @@ def test_loss_and_gradients_equal_float64_reference(changes):
         expected["chosen_log_p"] += log_p[0].item()
         expected["rejected_log_p"] += log_p[1].item()
         expected["kl"] += (gained[0] ** 2 + gained[1] ** 2) / 4
-        if s.loss == "sigmoid":
-            expected["margin"] += s.beta * (gained[0] - gained[1])
-            expected["accuracy"] += gained[0] > gained[1]
-    assert figures["loss"].item() == pytest.approx(total.item(), rel=1e-5)
-    for name in FIGURES - {"loss"} - (set() if s.loss == "sigmoid" else {"margin", "accuracy"}):
-        assert figures[name].item() == pytest.approx(expected[name], rel=1e-5)
+        expected["margin"] += s.beta * (gained[0] - gained[1])
+        expected["accuracy"] += gained[0] > gained[1]
+    assert metrics["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    for name in METRICS - {"loss"}:
+        assert metrics[name].item() == pytest.approx(expected[name], rel=1e-5)
     total.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-5 * p.grad.abs().max().item())
 
 
-@pytest.mark.parametrize(("loss", "beta"), [("sigmoid", 0.1), ("sigmoid", 0.7), ("ipo", 0.2)])
-def test_loss_equals_trl(loss, beta, tmp_path):
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_loss_equals_trl(beta, tmp_path):
     """DPOTrainer's own, on the same weights in transformers' Qwen3, with another model as the reference."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     transformers = pytest.importorskip("transformers")
@@ -111,16 +94,14 @@ def test_loss_equals_trl(loss, beta, tmp_path):
         p.data.mul_(0.9)
     data = pairs_for(model)
     with torch.no_grad():
-        batch = data.sequences(range(5))
-        tokens, targets = (batch[name].flatten(0, 1) for name in ("tokens", "targets"))
-        data.reference = -other(tokens, targets, reduction="per_sequence").view(-1, 2).numpy()
-    ours = preference_loss(model, data.sequences(range(5)), Settings(loss=loss, beta=beta))["loss"] / 5
+        data.reference = log_probs(other, data.sequences(range(5))).numpy()
+    ours = preference_loss(model, data.sequences(range(5)), Settings(beta=beta))["loss"] / 5
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in data.pairs]
     vocabulary = {f"t{i}": i for i in range(97)}
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t0")
-    args = trl.DPOConfig(str(tmp_path), beta=beta, loss_type=loss, per_device_train_batch_size=5, report_to=[],
+    args = trl.DPOConfig(str(tmp_path), beta=beta, loss_type="sigmoid", per_device_train_batch_size=5, report_to=[],
                          use_cpu=True, bf16=False, gradient_checkpointing=False)  # fmt: skip
     texts = datasets.Dataset.from_list([{"prompt": "t1", "chosen": "t2", "rejected": "t3"}])
     trainer = trl.DPOTrainer(as_transformers(model), as_transformers(other), args=args, train_dataset=texts,
@@ -131,7 +112,7 @@ def test_loss_equals_trl(loss, beta, tmp_path):
 
 def test_rows_by_hand():
     """What stands where: the prompt is not learned from, what fills a row up neither, nor a row that fills a batch."""
-    data = PairFile(Path("x"), [([1, 2, 3], [4, 5], [6]), ([7, 8], [9], [4, 4, 4])], 6, 0, seed=1)
+    data = PreferenceDataset(Path("x"), [([1, 2, 3], [4, 5], [6]), ([7, 8], [9], [4, 4, 4])], 6, 0, seed=1)
     batch, no = data.sequences([0, 1]), IGNORE
     assert batch["tokens"].tolist() == [
         [[1, 2, 3, 4, 0, 0], [1, 2, 3, 0, 0, 0]],
@@ -141,17 +122,17 @@ def test_rows_by_hand():
         [[no, no, 4, 5, no, no], [no, no, 6, no, no, no]],
         [[no, 9, no, no, no, no], [no, 4, 4, 4, no, no]],
     ]
-    assert data.count_targets(batch) == 2
+    assert data.loss_denominator(batch) == 2
+    assert data.tokens_per_sequence == batch["tokens"][0].numel() == 12
     batch["targets"][1:] = IGNORE
-    assert data.count_targets(batch) == 1
+    assert data.loss_denominator(batch) == 1
     model = small()
     both, one = (preference_loss(model, b, Settings()) for b in (batch, {k: v[:1] for k, v in batch.items()}))
-    for name in FIGURES:
+    for name in METRICS:
         torch.testing.assert_close(both[name], one[name])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pairs
+# ---- Pairs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,17 +158,17 @@ def test_rows_by_hand():
     ],
 )  # fmt: skip
 def test_every_form_of_a_pair(record):
-    assert pair_of(record, "x:1") == [("", ("问", ("好", True), ("坏", True)))]
+    assert pair_of(record, "x:1") == ("问", ("好", True), ("坏", True))
 
 
 def test_instruction_and_input_of_a_pair():
     record = {"instruction": "写一个故事", "input": "词汇：猫", "chosen": "好", "rejected": "坏"}
-    assert pair_of(record, "x:1") == [("", ("写一个故事\n词汇：猫", ("好", True), ("坏", True)))]
+    assert pair_of(record, "x:1") == ("写一个故事\n词汇：猫", ("好", True), ("坏", True))
 
 
 def test_a_story_that_did_not_end():
     record = {"prompt": "问", "chosen": "好", "rejected": "坏", "rejected_scores": {"finished": 0.0}}
-    assert pair_of(record, "x:1") == [("", ("问", ("好", True), ("坏", False)))]
+    assert pair_of(record, "x:1") == ("问", ("好", True), ("坏", False))
 
 
 ASK = {"role": "user", "content": "问"}
@@ -230,8 +211,7 @@ def test_reward_by_hand():
     assert reward(score(None, "小兔") | {"finished": 1.0}, best) == 1 + 1  # it does not repeat itself, but is too short
 
 
-# ---------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs ------------------------------------------------------------------------------------------
 
 PREFERRING = TUNING | {"max_iters": 12, "save_interval": 4, "eval_interval": 6, "learning_rate": 0.001}
 PREFERRING |= {"instructions": 24, "samples": 3, "batch_size": 4}
@@ -239,11 +219,11 @@ PREFERRING |= {"instructions": 24, "samples": 3, "batch_size": 4}
 
 def preferring(init_from, data_dir, out_dir, **changes):
     paths = {"init_from": init_from, "data_dir": data_dir, "out_dir": out_dir}
-    return ["dpo.py", *(f"--{key}={value}" for key, value in (PREFERRING | paths | changes).items())]
+    return ["-m", "tools.dpo", *(f"--{key}={value}" for key, value in (PREFERRING | paths | changes).items())]
 
 
 def preferring_here(*paths, **changes):
-    return script_here(dpo.main, *preferring(*paths, **changes))
+    return script_here(dpo.main, *preferring(*paths, **changes)[1:])
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +240,7 @@ def pairs_in(folder):
 
 def test_pairs_of_a_run(preferred, tiny_sft):
     """Of each instruction the best and the worst, with scores that the rules give again; ties are not there."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sft / "tokenizer.model"))
+    tokenizer = load_tokenizer((tiny_sft / "tokenizer.model").read_bytes(), tiny_sft)
     found = pairs_in(preferred)
     assert 10 < len(found) <= 24 and len({line["prompt"] for line in found}) == len(found)
     references = dict(texts_of(tiny_sft, tokenizer))
@@ -282,11 +262,12 @@ def texts_of(folder, tokenizer):
 
 
 def test_metrics_of_a_run(preferred, tuned):
-    """It begins at log 2, with no margin; it ends with one. Validation has the same figures."""
+    """It begins at log 2, with no margin; it ends with one. Validation has the same metrics."""
     lines = metrics_of(preferred)
     logs, checks = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
-    assert logs[0]["step"] == 2 and all(x.keys() >= FIGURES for x in logs)
-    assert all({f"val_{name}" for name in FIGURES} <= x.keys() for x in checks)
+    assert logs[0]["step"] == 2 and all(x.keys() >= METRICS for x in logs)
+    assert all({f"val_{name}" for name in METRICS} <= x.keys() for x in checks)
+    assert all(x["tokens"] == x["step"] * 4 * 2 * 256 for x in lines)  # both stories of four pairs
     assert logs[-1]["margin"] > logs[0]["margin"] and logs[-1]["loss"] < logs[0]["loss"]
     assert read_checkpoint(preferred)["template"] == read_checkpoint(tuned)["template"]
     told = script_here(
@@ -296,7 +277,7 @@ def test_metrics_of_a_run(preferred, tuned):
 
 
 def test_before_the_first_step_the_model_is_the_reference(tuned, tiny_sft, preferred, tmp_path):
-    """Loss log 2, no margin, no divergence, and the log-probabilities of the sums by hand."""
+    """Loss log 2, no margin, no divergence."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pairs.jsonl").write_bytes((preferred / "pairs.jsonl").read_bytes())
     done = preferring_here(tuned, tiny_sft, tmp_path / "out", max_iters=1, learning_rate=1e-12, dtype="float32")
@@ -304,8 +285,7 @@ def test_before_the_first_step_the_model_is_the_reference(tuned, tiny_sft, prefe
     first = metrics_of(tmp_path / "out")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["margin"] == pytest.approx(0, abs=1e-4) and first["kl"] == pytest.approx(0, abs=1e-4)
-    (path,) = (tmp_path / "out").glob("reference_train_*.npy")
-    assert np.load(path).mean(axis=0)[0] < 0
+    assert first["chosen_log_p"] < -1
 
 
 def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
@@ -314,19 +294,19 @@ def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
     command = [sys.executable, *preferring(tuned, tiny_sft, out, make_pairs=True, samples=8, instructions=28)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-    while not ((parts := list(out.glob("*.part"))) and parts[0].read_bytes().count(b"\n") > 10):
+    while not ((parts := list(out.glob("*.part"))) and parts[0].read_bytes().count(b"\n") >= 2):  # of four batches
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.kill()
     process.wait()
     (part,) = parts
     with open(part, "ab") as f:
-        f.write(b'{"prompt": "a torn li')
+        f.write('[{"prompt": "兔'.encode()[:-1])
     for folder in (out, tmp_path / "whole"):
         done = preferring_here(tuned, tiny_sft, folder, make_pairs=True, samples=8, instructions=28)
         assert done.returncode == 0, done.stderr
     assert pairs_in(out) == pairs_in(tmp_path / "whole")
-    assert [p.name for p in out.iterdir()] == ["pairs.jsonl"]
+    assert {p.name for p in out.iterdir()} == {"pairs.jsonl", "lock"}
 
 
 def test_pairs_of_other_settings_are_not_gone_on_with(tuned, tiny_sft, preferred, tmp_path):
@@ -350,7 +330,7 @@ def test_pairs_of_other_settings_are_not_gone_on_with(tuned, tiny_sft, preferred
 def test_resume_is_exact(preferred, tuned, tiny_sft, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("pairs.jsonl", "ckpt_000008.pt", "metrics.jsonl"):  # and the reference is asked again
+    for name in ("pairs.jsonl", "ckpt_000008.pt", "metrics.jsonl"):
         (out / name).write_bytes((preferred / name).read_bytes())
     done = run_script(*preferring(tuned, tiny_sft, out, resume=True))
     assert "resuming at step 8" in done.stdout
@@ -358,18 +338,19 @@ def test_resume_is_exact(preferred, tuned, tiny_sft, tmp_path):
     assert lines_of(out) == lines_of(preferred)
 
 
-def test_resume_with_other_pairs_or_another_reference(preferred, tuned, tiny_sft, pretrained, tmp_path):
+def test_resume_of_another_run(preferred, tuned, tiny_sft, tmp_path):
+    """Other pairs, another model to begin with, or another loss: the message says which."""
     out = tmp_path / "out"
     out.mkdir()
     for name in ("pairs.jsonl", "ckpt_000008.pt"):
         (out / name).write_bytes((preferred / name).read_bytes())
     done = preferring_here(find_checkpoints(tuned)[1], tiny_sft, out, resume=True)
-    assert_one_line_error(done, "preferences")
+    assert_one_line_error(done, "another reference")
     done = preferring_here(tuned, tiny_sft, out, resume=True, beta=0.2)
     assert_one_line_error(done, "beta", "0.1")
     lines = (out / "pairs.jsonl").read_text().splitlines(keepends=True)
     (out / "pairs.jsonl").write_text("".join(lines[1:]))
-    assert_one_line_error(preferring_here(tuned, tiny_sft, out, resume=True), "preferences")
+    assert_one_line_error(preferring_here(tuned, tiny_sft, out, resume=True), "another pairs")
 
 
 def test_ready_pairs(tuned, tiny_sft, tmp_path):
@@ -378,9 +359,9 @@ def test_ready_pairs(tuned, tiny_sft, tmp_path):
     rows += [{"prompt": "词汇：长", "chosen": "长" * 3000, "rejected": "短"}] * 2
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = preferring_here(tuned, tmp_path / "no data needed", tmp_path / "out", pairs=file, epochs=1.0, loss="simpo")
+    done = preferring_here(tuned, tmp_path / "no data needed", tmp_path / "out", pairs=file, epochs=1.0)
     assert done.returncode == 0, done.stderr
-    counted = re.search(r"(\d+) train, (\d+) val pairs, (\d+) left out", done.stdout)
+    counted = re.search(r"(\d+) train, (\d+) val pairs, (\d+) left out \(longer", done.stdout)
     train_pairs, val_pairs, left_out = map(int, counted.groups())
     assert train_pairs + val_pairs == 100 and left_out == 2 and val_pairs >= 2
     assert read_checkpoint(tmp_path / "out")["step"] == math.ceil(train_pairs / 4)
@@ -396,34 +377,6 @@ def test_adapters(preferred, tuned, tiny_sft, tmp_path):
     for name, weight in base.items():
         same(state[name if name in state else name.replace(".weight", ".parametrizations.weight.original")], weight)
     assert any(w.abs().max() > 0 for name, w in state.items() if name.endswith(".B"))
-
-
-def test_two_rounds(tuned, tiny_sft, tmp_path):
-    """The second begins with the weights the first ended with, and with pairs told by them."""
-    out = tmp_path / "out"
-    done = preferring_here(tuned, tiny_sft, out, rounds=2, max_iters=4)
-    assert done.returncode == 0, done.stderr
-    assert read_checkpoint(out)["step"] == read_checkpoint(out / "round_1")["step"] == 4
-    assert read_checkpoint(out)["settings"]["init_from"] == str(out / "round_1")
-    first, second = pairs_in(out / "round_1"), pairs_in(out)
-    assert {x["prompt"] for x in first} != {x["prompt"] for x in second}
-    before = {p: p.read_bytes() for p in out.rglob("*.pt")}
-    assert preferring_here(tuned, tiny_sft, out, rounds=2, max_iters=4, resume=True).returncode == 0
-    assert {p: p.read_bytes() for p in out.rglob("*.pt")} == before
-
-
-def test_a_signal_ends_all_rounds(tuned, tiny_sft, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, *preferring(tuned, tiny_sft, out, rounds=2, max_iters=100_000, log_interval=1)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
-    metrics = out / "round_1" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.terminate()
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped and saved" in printed.decode()
-    assert list((out / "round_1").glob("ckpt_*.pt")) and not list(out.glob("pairs*"))
 
 
 def test_two_processes_prefer_as_one(preferred, tuned, tiny_sft, tmp_path):
@@ -459,27 +412,76 @@ def test_unusable_pairs_are_left_out_and_counted(reason, tuned, tiny_sft, tmp_pa
     assert "7 train, 1 val pairs" in line and "2 left out (" in line and reason.strip() in line
     file.write_text(json.dumps([UNUSABLE[reason]] * 3))
     done = preferring_here(tuned, tiny_sft, tmp_path / "none", pairs=file)
-    assert_one_line_error(done, file, "0 pairs", "3 left out", reason.strip())
+    assert_one_line_error(done, file, "0 train, 0 val pairs", "3 left out", reason.strip())
     assert not list((tmp_path / "none").glob("ckpt*"))
 
 
 def test_advice_names_what_helps(tuned, tiny_sft, tmp_path):
-    """Too long: raise block_size. One prompt: say so."""
+    """Too long: block_size. One prompt: more of them."""
     file = tmp_path / "pairs.json"
     file.write_text(json.dumps([{"prompt": f"问{i}", "chosen": "好" * 30, "rejected": "坏"} for i in range(8)]))
     done = preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file, block_size=8)
-    assert_one_line_error(done, file, "8 of 8 pairs", "raise block_size")
+    assert_one_line_error(done, file, "8 left out (longer than block_size = 8)")
     file.write_text(json.dumps([{"prompt": "问", "chosen": f"好{i}", "rejected": "坏"} for i in range(8)]))
-    assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file), file, "the same prompt")
+    assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file), file, "two prompts or more")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Mistakes
+def test_pairs_have_no_cut_characters(tuned):
+    """max_new_tokens may cut a character of several bytes: what is left of it is no text."""
+    checkpoint = read_checkpoint(tuned)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], tuned)
+    model, prompts = build_model(checkpoint, tuned), [[tokenizer.eos_id()]] * 64
+    options = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5}  # all tokens, also those of bytes
+    steps = [tokens.tolist() for tokens in sample.generate(model, prompts, end_token=tokenizer.eos_id(), **options)]
+    texts = [tokenizer.decode(list(tokens)) for tokens in zip(*steps, strict=True)]
+    cut = [i for i, text in enumerate(texts) if text.endswith("\ufffd")]
+    assert len(cut) > 3
+    stories = sample.sample_and_score(model, tokenizer, prompts, **options)
+    for i in cut:
+        assert stories[i][0] == texts[i].rstrip("\ufffd") and stories[i][1]["length"] == len(stories[i][0])
+
+
+@pytest.mark.parametrize("reference_chosen", [True, False])
+def test_pairs_have_no_broken_characters(reference_chosen, tuned):
+    """A sample whose bytes spell no text in the middle is neither chosen nor rejected."""
+    tokenizer = load_tokenizer(read_checkpoint(tuned)["tokenizer"], tuned)
+    asked, told = tokenizer.encode("词汇：小兔"), tokenizer.encode("小兔和小熊在森林里玩。")
+    stories = ["小兔和小\ufffd熊在森林里玩", "小熊在森林里玩", "小兔\ufffd和小熊小兔在森林里玩"]
+    samples = [(text, score({"词汇": "小兔"}, text) | {"finished": float(i != 2)}) for i, text in enumerate(stories)]
+    s = Settings(reference_chosen=reference_chosen)
+    pair = dpo.rank_samples(tokenizer, asked, told, samples, s)
+    if reference_chosen:
+        assert (pair["chosen"], pair["rejected"]) == ("小兔和小熊在森林里玩。", "小熊在森林里玩")
+    else:
+        assert pair is None  # only one is left
+        assert dpo.rank_samples(tokenizer, asked, told, samples[:1], s) is None
+
+
+def test_validation_does_not_depend_on_the_seed(tuned, tmp_path):
+    checkpoint = read_checkpoint(tuned)
+    tokenizer, file, drawn = load_tokenizer(checkpoint["tokenizer"], tuned), tmp_path / "pairs.json", []
+    file.write_text(json.dumps([{"prompt": f"问{i}", "chosen": "好", "rejected": "坏"} for i in range(400)]))
+    for seed in (1, 2):
+        s = Settings(block_size=256, seed=seed)
+        splits = dpo.read_pairs([file], checkpoint["template"], tokenizer, s)
+        drawn.append([split.batch(0, 10)["tokens"].tolist() for split in splits])
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] == drawn[1][1]
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("loss", "hinge"), ("beta", 0.0), ("beta", -1.0), ("label_smoothing", 0.5), ("temperature", 0.0), ("samples", 0)],
+    [
+        ("loss", "ipo"),
+        ("rounds", 2),
+        ("beta", 0.0),
+        ("beta", -1.0),
+        ("nll_weight", -1.0),
+        ("temperature", 0.0),
+        ("samples", 0),
+    ],
 )
 def test_bad_values(key, value, tuned, tiny_sft, tmp_path):
     assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", **{key: value}), key)

@@ -15,28 +15,31 @@ def there(tmp_path, monkeypatch):
 
 
 def check(there, *args):
-    code = f"import os, sys; os.chdir({str(there)!r}); import tools.gpu_check as g; g.run(g.main)"
+    code = f"import os; os.chdir({str(there)!r}); import tools.gpu_check as g; g.report_errors(g.main)"
     return run_script("-c", code, "--device=cpu", "--quick", *args, check=False, PYTHONPATH=str(ROOT))
 
 
 def test_checks_on_a_cpu(there):
-    pytest.importorskip("transformers")
-    done = check(there, "--only", "memory,pipeline,export")
+    done = check(there, "--only", "pipeline,train")
     assert done.returncode == 0, done.stderr
     found = json.loads((there / "out" / "gpu_check.json").read_text())
-    assert found["device"] == "cpu" and found["memory"]["batch 4 estimated_memory"] > 0
+    assert found["device"] == "cpu" and found["train"]["compiled tokens_per_second"] > 0
+    assert found["train"]["eager estimated_memory"] > 0 and found["train"]["eager mfu"] > 0
     assert found["pipeline"]["killed at step"] >= 10  # and it went on from there
     assert found["pipeline"]["run last loss"] < found["pipeline"]["run first loss"]
     assert (there / "out" / "gpu_check" / "run" / "ckpt_000020.pt").exists()
-    assert found["export"]["largest difference of logits"] < 1e-4
+    assert (there / "out" / "gpu_check" / "run_dpo" / "ckpt_000005.pt").exists()
 
 
 def test_a_check_that_fails_is_recorded(there):
-    """The export without the run it needs: its error is in the file, the other check is run, the exit status is 2."""
-    done = check(there, "--only", "export,memory")
-    assert_one_line_error(done, "1 of 2 checks failed", "export")
+    """The tuning without its config: its error is in the file, the other check is run, the exit status is 2."""
+    (there / "config").unlink()
+    (there / "config").mkdir()
+    (there / "config" / "microstories.py").symlink_to(ROOT / "config" / "microstories.py")
+    done = check(there, "--only", "pipeline,train")
+    assert_one_line_error(done, "1 of 2 checks failed", "pipeline")
     found = json.loads((there / "out" / "gpu_check.json").read_text())
-    assert "pipeline" in found["export"]["error"] and found["memory"]["batch 2 estimated_memory"] > 0
+    assert "microstories_sft.py" in found["pipeline"]["error"] and found["train"]["eager estimated_memory"] > 0
 
 
 def test_mistakes(there):

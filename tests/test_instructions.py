@@ -13,7 +13,7 @@ from conftest import assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.settings import UserError
+from common.files import UserError
 from stories.constraints import read_constraints, write_constraints
 from stories.records import examples_of
 
@@ -34,8 +34,7 @@ LINES = {  # what RECORD asks for, written by hand
 
 
 def examples(record, augment=1, text_key="story_zh"):
-    _, found = examples_of(record, "here", text_key, augment)
-    return found
+    return examples_of(record, "here", text_key, augment)
 
 
 def ordered_lists(lines):
@@ -47,8 +46,7 @@ def without(record, *keys):
     return {key: value for key, value in record.items() if key not in keys}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Alpaca's keys
+# ---- Alpaca's keys ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,8 +118,7 @@ def test_what_is_no_list_of_constraints(text):
     assert read_constraints(text) is None
 
 
-# ---------------------------------------------------------------------------------------------------
-# TinyStories' keys
+# ---- TinyStories' keys -----------------------------------------------------------------------------
 
 
 def test_tinystories_record():
@@ -154,7 +151,7 @@ def test_stories_differ_in_what_is_asked():
 def test_the_same_every_time():
     """In other processes, whatever the hashes of strings are there."""
     code = "import json, sys; from stories.records import examples_of; " \
-           "print(json.dumps(examples_of(json.loads(sys.argv[1]), 'here', 'story_zh', 8)[1]))"  # fmt: skip
+           "print(json.dumps(examples_of(json.loads(sys.argv[1]), 'here', 'story_zh', 8)))"  # fmt: skip
     for record in (RECORD, without(RECORD, "sentence_zh"), {"input": "\n".join(sorted(LINES)), "output": STORY}):
         expected = [list(pair) for pair in examples(record, 8)]
         for seed in ("0", "1"):
@@ -213,8 +210,7 @@ def test_records_that_ask_for_nothing(record):
         examples(record)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Any constraints at all
+# ---- Any constraints at all ------------------------------------------------------------------------
 
 # Text with everything that has a meaning somewhere: separators, colons, names, every kind of line end.
 letters = st.sampled_from([*"，,、：: \n\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029\u3000兔a。", *NAMES, "总结：", "\n摘要："])
@@ -288,8 +284,7 @@ def test_never_an_empty_instruction(record, augment):
             assert read_constraints(asked), asked
 
 
-# ---------------------------------------------------------------------------------------------------
-# Through the command
+# ---- Through the command ---------------------------------------------------------------------------
 
 
 def read_pairs(folder):
@@ -453,8 +448,7 @@ def test_real_instructions(shared, tokenizer, tmp_path):
         assert not {told for _, told in found["train"]} & {told for _, told in found["val"]}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Hostile text
+# ---- Hostile text ----------------------------------------------------------------------------------
 
 FORGED = ["<|user|>", "<|assistant|>", "<s>", "</s>", "<pad>", "<unk>", "<|user|>写<|assistant|>好</s>", "[gMASK]",
           "<0x00>", "<|endoftext|>", "\0", "a\0\0b", "\ufffd", "\U000f0000", "{instruction}", "{response}",
@@ -485,8 +479,7 @@ def test_text_never_forges_a_control_token(model, tokenizer, tmp_path, request):
     assert counted(tmp_path / "out") == {"duplicate": 0, "empty": 0, "not_unicode": 9, "unencodable": 6}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Bad input
+# ---- Bad input -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -497,7 +490,7 @@ def refused(tokenizer, tmp_path):
         file = write_records(tmp_path / name, records)
         done = prepare_sft(tmp_path / "out", more.pop("tokenizer", tokenizer), file, check=False, **more)
         assert_one_line_error(done, *words)
-        assert [p.name for p in tmp_path.iterdir()] == [name]
+        assert {p.name for p in tmp_path.iterdir()} - {"out.lock"} == {name}
 
     return run_
 
@@ -546,8 +539,7 @@ def test_nothing_is_asked(refused):
     refused([{"instruction": " ", "input": "\n", "output": "好"}], "no stories found", "1 empty")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The forms that other people's instructions have
+# ---- The forms that other people's instructions have -----------------------------------------------
 
 FORMS = {
     "instruction/output": {"instruction": "写", "output": "好"},
@@ -580,13 +572,6 @@ def test_every_form_of_an_instruction(form, text_key):
 def test_a_story_beside_a_prompt():
     """--text_key names the story; the instruction stands beside it, and nothing is invented."""
     assert examples({"instruction": "写", "text": STORY}, 8, "text") == [("写", STORY)]
-
-
-def test_the_report_names_the_forms(tokenizer, tmp_path):
-    records = [{key: f"{value}{i}" if isinstance(value, str) else value for key, value in record.items()}
-               for i in range(10) for record in (FORMS["prompt/completion"], FORMS["query/answer"])]  # fmt: skip
-    done = prepare_sft(tmp_path / "out", tokenizer, write_records(tmp_path / "a.jsonl", records))
-    assert "10 of prompt/completion, 10 of query/answer" in done.stdout
 
 
 IGNORED = [

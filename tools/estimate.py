@@ -1,10 +1,10 @@
-"""What a config will cost on a GPU, by counting: time, memory, and bytes moved. Nothing is run.
+"""What a config will cost on a GPU, by counting: time and memory. Nothing is run.
 
     python -m tools.bench --estimate config/microstories.py config/microstories_sft.py --gpu 3090
 
-Three numbers of a GPU come from its data sheet: dense bfloat16 products with float32 accumulation, memory bandwidth,
-and memory. The share of the products that training reaches (MFU) is not known before it runs: the time is given for
-35% and for 45%.
+Two numbers of a GPU come from its data sheet: dense bfloat16 products with float32 accumulation, and memory. The share
+of the products that training reaches is not known before it runs: the time is given for 35% and for 45% of the data
+sheet's. (`mfu` in metrics.jsonl is a share of what products reach when measured, which is less.)
 """
 
 import json
@@ -14,20 +14,14 @@ from pathlib import Path
 
 import torch
 
-from common.device import estimate_memory
-from common.settings import UserError, load_settings, read_config
-from dpo import Settings as DpoSettings
-from model import GPT, ModelConfig
+from common.files import UserError
+from common.settings import load_settings, read_config
+from model import GPT, LOGITS_PER_CHUNK
 from sft import Settings as SftSettings
-from train import Settings
+from tools.dpo import Settings as DpoSettings
+from train import Settings, new_model
 
-GPUS = {  # TFLOP/s, GB/s, GB
-    "3090": (71, 936, 24),
-    "4090": (165, 1008, 24),
-    "a100": (312, 2039, 80),
-    "h100": (989, 3350, 80),
-    "h200": (989, 4800, 141),
-}
+GPUS = {"3090": (71, 24), "4090": (165, 24), "a100": (312, 80), "h100": (989, 80), "h200": (989, 141)}  # TFLOP/s, GB
 SHARES = (0.35, 0.45)
 
 
@@ -37,99 +31,85 @@ class Estimate:
     tokens_per_step: int
     flops_per_token: int
     steps: int
-    bytes_per_step: float
     memory: int
 
     def hours(self, gpu: str, share: float) -> float:
-        """Limited by the products, or by the memory if that takes longer."""
-        tflops, bandwidth, _ = GPUS[gpu]
-        products = self.tokens_per_step * self.flops_per_token / (share * tflops * 1e12)
-        return self.steps * max(products, self.bytes_per_step / (bandwidth * 1e9)) / 3600
+        tflops, _ = GPUS[gpu]
+        return self.steps * self.tokens_per_step * self.flops_per_token / (share * tflops * 1e12) / 3600
 
 
-def shape_of(path: Path) -> Settings | SftSettings:
+def shape_of(path: Path) -> Settings:
     """The settings of the config that makes a config's model: its own, or those of the run it starts from."""
     values = read_config(str(path))
-    if not values.get("init_from"):
-        return load_settings([str(path)], SftSettings if "init_from" in values else Settings, "")
+    if "init_from" not in values:
+        return load_settings([str(path)], Settings, "")
     source = path.with_name(Path(values["init_from"]).name + ".py")
     if not source.exists():
         raise UserError(f"{path}: starts from {values['init_from']}, but {source} is not there to tell its shape")
     return shape_of(source)
 
 
+def estimate_memory(model: GPT, s, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of weights, gradients, optimizer state, and of what a micro-batch stores for its backward pass."""
+    c, size = model.config, dtype.itemsize
+    pairs = isinstance(s, DpoSettings)  # each is two sequences
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = 4 * model.count_parameters() + 12 * trainable
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2)
+    state -= 4 * matrices if s.optimizer == "muon" else 0  # Muon has one moment
+    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
+    per_token = c.n_layer * (8 * c.n_embd + size * (2 * c.n_embd + 2 * heads + 3 * c.intermediate_size))
+    if device.type == "cpu":  # attend_on_cpu stores five eighths of all attention weights
+        per_token += c.n_layer * c.n_head * s.block_size * size * 5 // 8
+    tokens = s.batch_size * s.block_size * (2 if pairs else 1)
+    # GPT.loss has the logits of one chunk at a time and float32 gradients of the output matrix; DPO has all logits.
+    logits = (tokens if pairs else LOGITS_PER_CHUNK[device.type]) * c.vocab_size * (8 + size)
+    return state + tokens * per_token + logits + (0 if pairs else 8 * c.vocab_size * c.n_embd)
+
+
 def estimate(path: Path, vocab_size: int, sequences: int) -> Estimate:
     """vocab_size and the sequences of an epoch count if data_dir is not there to be read. Raises UserError."""
-    values, shape = read_config(str(path)), shape_of(path)
-    kind = Settings if "init_from" not in values else DpoSettings if "instructions" in values else SftSettings
+    values = read_config(str(path))
+    kind: type = SftSettings if "init_from" in values else Settings
+    if {"instructions", "pairs"} & values.keys():
+        kind = DpoSettings
     s = load_settings([str(path)], kind, "")
     meta = Path(s.data_dir, "meta.json")
     if meta.exists():
         read = json.loads(meta.read_text(encoding="utf-8"))
         vocab_size = read["vocab_size"]
         sequences = read["train"]["tokens"] // s.block_size
-    names = ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "intermediate_size", "rope_theta", "qk_norm")
-    fields = {name: getattr(shape, name) for name in names}
     with torch.device("meta"):  # the shape alone, no memory
-        model = GPT(ModelConfig(vocab_size=vocab_size, block_size=shape.block_size, **fields))
-    stories = 2 if kind is DpoSettings else 1  # a pair is two sequences
+        model = new_model(shape_of(path), vocab_size)
+    pairs = isinstance(s, DpoSettings)
     per_step = s.batch_size * s.gradient_accumulation_steps
-    if kind is DpoSettings:
-        sequences = s.instructions
-    steps = math.ceil(s.epochs * sequences / per_step) if s.epochs else s.max_iters
-    memory = estimate_memory(model, s, torch.bfloat16, torch.device("cuda"))
+    in_epoch = s.instructions if pairs else sequences
     return Estimate(
         parameters=model.count_parameters(),
-        tokens_per_step=per_step * s.block_size * stories,
+        tokens_per_step=per_step * s.block_size * (2 if pairs else 1),
         flops_per_token=model.flops_per_token(s.block_size),
-        steps=steps,
-        bytes_per_step=bytes_moved(model, s, memory),
-        memory=memory,
+        steps=math.ceil(s.epochs * in_epoch / per_step) if s.epochs else s.max_iters,
+        memory=estimate_memory(model, s, torch.bfloat16, torch.device("cuda")),
     )
-
-
-def bytes_moved(model: GPT, s, memory: int) -> float:
-    """Bytes that a step reads and writes at least.
-
-    The optimizer: weights, moments and gradients, in float32. Each micro-batch: the weights cast and read forward and
-    backward, the gradients added, and what is stored for the backward pass written once and read once.
-    """
-    n = model.count_parameters()
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) if s.optimizer == "muon" else 0
-    optimizer = 28 * (n - matrices) + 20 * matrices  # AdamW: p, m, v read and written, g read; Muon has one moment
-    state = 16 * n - 4 * matrices
-    micro_batch = (4 + 2 + 2 * 2 + 8) * n + 2 * (memory - state)
-    return optimizer + s.gradient_accumulation_steps * micro_batch
 
 
 def print_estimates(paths: list[Path], gpu: str, vocab_size: int, sequences: int) -> list[dict]:
     """A table with a row for each config. Raises UserError."""
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu!r}: must be one of {', '.join(GPUS)}")
-    tflops, bandwidth, gigabytes = GPUS[gpu]
-    print(
-        f"{gpu}: {tflops} TFLOP/s in bfloat16, {bandwidth} GB/s, {gigabytes} GB. Estimated by counting, not measured."
-    )
-    titles = ("parameters", "tokens/step", "MFLOP/token", "steps", "tokens", "GB moved/step", "memory")
-    print(
-        f"{'config':28}" + "".join(f"{t:>14}" for t in titles) + "".join(f"{f'hours at {x:.0%}':>14}" for x in SHARES)
-    )
+    tflops, gigabytes = GPUS[gpu]
+    print(f"{gpu}: {tflops} TFLOP/s in bfloat16, {gigabytes} GB. Estimated by counting, not measured.")
+    titles = ["parameters", "tokens/step", "MFLOP/token", "steps", "tokens", "memory"]
+    titles += [f"hours at {share:.0%}" for share in SHARES]
+    print(f"{'config':28}" + "".join(f"{title:>14}" for title in titles))
     rows = []
     for path in paths:
         e = estimate(path, vocab_size, sequences)
-        cells = [
-            f"{e.parameters / 1e6:.1f} M",
-            f"{e.tokens_per_step:,}",
-            f"{e.flops_per_token / 1e6:.0f}",
-            f"{e.steps:,}",
-        ]
-        cells += [
-            f"{e.steps * e.tokens_per_step / 1e9:.2f} G",
-            f"{e.bytes_per_step / 1e9:.0f}",
-            f"{e.memory / 2**30:.1f} GiB",
-        ]
         hours = [e.hours(gpu, share) for share in SHARES]
-        print(f"{path.name:28}" + "".join(f"{c:>14}" for c in cells) + "".join(f"{h:>14.2f}" for h in hours))
+        cells = [f"{e.parameters / 1e6:.1f} M", f"{e.tokens_per_step:,}", f"{e.flops_per_token / 1e6:.0f}"]
+        cells += [f"{e.steps:,}", f"{e.steps * e.tokens_per_step / 1e9:.2f} G", f"{e.memory / 2**30:.1f} GiB"]
+        cells += [f"{h:.2f}" for h in hours]
+        print(f"{path.name:28}" + "".join(f"{cell:>14}" for cell in cells))
         if e.memory > gigabytes * 1e9:
             print(f"{path}: does not fit into {gigabytes} GB; halve batch_size, double gradient_accumulation_steps")
         rows.append(vars(e) | {"config": str(path), "gpu": gpu, "hours": hours})

@@ -16,14 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import build_model, read_checkpoint
-from common.device import choose_device
-from common.files import atomic_write
-from common.settings import Parser, UserError, run
-from common.tokenizer import load_tokenizer
+from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
+from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors
 from model import IGNORE
 from sample import add_sampling_options, sample_and_score, sampling_options
-from sft import ExampleFile, open_examples
+from sft import PackedSFTDataset, open_examples
 from stories.consistency import consistent
 from stories.rewards import average, reward, score
 
@@ -60,19 +57,26 @@ def reference_bits(model, tokenizer, examples, batch_size: int, device) -> float
             both = torch.tensor(instruction + response)
             tokens[b, : len(both) - 1] = both[:-1]
             targets[b, len(instruction) - 1 : len(both) - 1] = both[len(instruction) :]
-        nats += model(tokens.to(device), targets.to(device)).item()
+        nats += model.loss(tokens.to(device), targets.to(device)).item()
     return nats / math.log(2) / sum(len(tokenizer.decode(response)) for _, response in examples)
+
+
+def shown(name: str, value: float | None) -> str:
+    """A score as the tables have it; empty if it does not apply."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if name in ("length", "bits_per_char") else f"{value:.1%}"
 
 
 def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
     """All metrics of one checkpoint, and the stories it generated. Raises UserError."""
-    device, _ = choose_device(args.device)
+    device = choose_device(args.device)
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path).to(device, getattr(torch, args.dtype)).eval()
+    model = build_model(checkpoint, path).to(device, choose_dtype(args.dtype, device)).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], path)
-    meta, _, response_token, _ = open_examples(folder, path, checkpoint)
+    meta, _, response_token = open_examples(folder, path, checkpoint)
     block_size = model.config.block_size
-    data = ExampleFile(folder / "val.bin", meta, response_token, block_size, block_size)
+    data = PackedSFTDataset(folder / "val.bin", meta, response_token, block_size, block_size)
     examples = [tuple(map(np.ndarray.tolist, data.example(i))) for i in sorted(data.packed)[: args.num]]
     stories, scores = [], []
     # The same for every batch, or the metrics would depend on the batch size.
@@ -90,8 +94,7 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
     bits = reference_bits(model, tokenizer, examples, args.batch_size, device)
     texts = [tokenizer.decode(response) for _, response in examples]
     references = average([score(None, text) | consistency_of(text) for text in texts])
-    metrics = average(scores) | {"bits_per_char": bits, "examples": len(examples)}
-    metrics |= {"too_long": data.left_out}
+    metrics = average(scores) | {"bits_per_char": bits, "examples": len(examples), "too_long": data.left_out}
     return metrics | {f"reference_{name}": value for name, value in references.items()}, stories
 
 
@@ -121,12 +124,11 @@ def main() -> None:
     print(" " * 32 + "".join(f"{path.name:>16}" for path in args.ckpt) + f"{'references':>16}")
     for name, label in LABELS.items():
         values = [c.get(name) for c in columns] + [columns[0].get(f"reference_{name}")]
-        shown = ["" if v is None else f"{v:.2f}" if name in ("length", "bits_per_char") else f"{v:.1%}" for v in values]
-        print(f"{label:32}" + "".join(f"{text:>16}" for text in shown))
+        print(f"{label:32}" + "".join(f"{shown(name, value):>16}" for value in values))
     if args.json:
         with atomic_write(args.json) as f:
             f.write(json.dumps(columns[-1], indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

@@ -13,16 +13,13 @@ import itertools
 import json
 import math
 import os
-import re
 import tempfile
 from pathlib import Path
 
 import torch
 
-from common.checkpoint import build_model, read_checkpoint, save_checkpoint
-from common.files import atomic_write, sync_folder
-from common.settings import Parser, UserError, run
-from common.tokenizer import load_tokenizer, template_tokens
+from common.checkpoint import build_model, read_checkpoint
+from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors, sync_folder, template_tokens
 from model import GPT, ModelConfig
 from tools.plot import read_metrics
 
@@ -43,7 +40,6 @@ SHAPE = {
     "head_dim": "head_dim",
     "n_embd": "hidden_size",
     "intermediate_size": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
 }
 # What their configs may say, and the only values this program has; the first is written.
 FIXED = {
@@ -61,12 +57,6 @@ def their_name(name: str) -> str:
     return f"model.{name}" if name == "norm.weight" else name
 
 
-def our_name(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(theirs, ours)
-    return name.removeprefix("model.")
-
-
 @contextlib.contextmanager
 def new_folder(path: Path):
     """A folder to fill, which becomes `path` when the body ends: whole, or not at all."""
@@ -80,8 +70,7 @@ def new_folder(path: Path):
         sync_folder(final.parent)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Out
+# ---- Out -------------------------------------------------------------------------------------------
 
 
 def last_merge(piece: str, scores: dict[str, float]) -> list[str] | None:
@@ -117,9 +106,8 @@ def tokenizer_json(tokenizer, path: Path) -> dict:
     # All characters but the one that stands for a space, two that have a composed form, and spaces in odd places.
     text = "".join(map(chr, [*range(0x2581), *range(0x2582, 0xD800), *range(0xE000, 0x30000)]))
     text = f"  {text}e\u0301  \n "
-    ours &= tokenizer.decode(tokenizer.encode(text)) == text and "▁" not in "".join(
-        tokenizer.encode("从", out_type=str)
-    )
+    ours &= tokenizer.decode(tokenizer.encode(text)) == text
+    ours &= "▁" not in "".join(tokenizer.encode("从", out_type=str))
     if not ours or any(map(tokenizer.is_unused, ids)):
         raise UserError(f"{path}: cannot be exported: its tokenizer is not a byte-fallback BPE that is lossless")
     merges = [merge for piece in ranked if len(piece) > 1 and (merge := last_merge(piece, scores))]
@@ -191,6 +179,7 @@ def export(path: Path, out_dir: Path) -> None:
         "model_type": kind.lower(),
         **{theirs: getattr(c, ours) for ours, theirs in SHAPE.items()},
         **{name: values[0] for name, values in FIXED.items()},
+        "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,  # once here, and once where transformers 5 looks
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "tie_word_embeddings": True,
@@ -222,8 +211,7 @@ def export(path: Path, out_dir: Path) -> None:
                 f.write(content)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Back
+# ---- Back ------------------------------------------------------------------------------------------
 
 
 def read_config(path: Path) -> tuple[dict, dict, bool]:
@@ -231,12 +219,9 @@ def read_config(path: Path) -> tuple[dict, dict, bool]:
     Raises UserError."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        known = FIXED | {"model_type": ("qwen3", "llama")}
-        for name, values in known.items():
+        for name, values in (FIXED | {"model_type": ("qwen3", "llama")}).items():
             if config.get(name) not in values:
                 raise ValueError(f"{name} = {config.get(name)!r}: this program has only {values[0]!r}")
-        if set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError("layer_types: this program has only 'full_attention'")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
             raise ValueError("rope_type or a scaling of it: this program has only 'default'")
@@ -244,23 +229,18 @@ def read_config(path: Path) -> tuple[dict, dict, bool]:
             config.setdefault("num_key_value_heads", config["num_attention_heads"])
             config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         shape = {ours: config[theirs] for ours, theirs in SHAPE.items()}
-        shape |= {"rope_theta": rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"]}
         for name, value in shape.items():
-            if name in ("norm_eps", "rope_theta"):
-                shape[name] = float(value)
-                if type(value) not in (int, float) or not 0 < value < math.inf:
-                    raise ValueError(f"{name} = {value!r} is no number above 0")
-            elif type(value) is not int:
-                raise ValueError(f"{SHAPE[name]} = {value!r} is no whole number")
-        shape["qk_norm"] = config["model_type"] == "qwen3"
-        ModelConfig(**shape)
-        metadata = {"settings": {}, "step": 0} | {
-            k: v for k, v in config.get("microstories", {}).items() if k in METADATA
-        }
-        if any(type(metadata[name]) is not METADATA[name] for name in metadata) or not 0 <= metadata["step"] < 10**9:
-            raise ValueError("microstories: its settings, step and template are none")
-        if any(type(value) not in (bool, int, float, str) for value in metadata["settings"].values()):
-            raise ValueError("microstories: its settings are no text and numbers")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{SHAPE[name]} = {value!r}: must be a whole number above 0")
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        shape |= {"norm_eps": float(config["rms_norm_eps"]), "rope_theta": float(theta)}
+        shape |= {"qk_norm": config["model_type"] == "qwen3"}
+        ModelConfig(**shape)  # raises ValueError for a shape that no model has
+        metadata = {"settings": {}, "step": 0}
+        metadata |= {name: value for name, value in config.get("microstories", {}).items() if name in METADATA}
+        for name, value in metadata.items():
+            if type(value) is not METADATA[name]:
+                raise ValueError(f"microstories: {name} = {value!r}: must be of type {METADATA[name].__name__}")
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         reason = f"{e} is missing" if isinstance(e, KeyError) else str(e).splitlines()[0]
         raise UserError(f"{path}: not a model that can be read ({reason})") from None
@@ -274,15 +254,13 @@ def bring_back(folder: Path, out_dir: Path) -> None:
 
     shape, metadata, tied = read_config(folder / "config.json")
     file, tokenizer_file = folder / "model.safetensors", folder / "tokenizer.model"
-    if (folder / "model.safetensors.index.json").exists():
-        raise UserError(f"{folder}: weights in several files; save them as one (max_shard_size in transformers)")
     for path in (file, tokenizer_file):
         if not path.exists():
-            raise UserError(f"{path}: is missing; this program needs safetensors and a SentencePiece tokenizer")
-    tokenizer = load_tokenizer(proto := tokenizer_file.read_bytes(), str(tokenizer_file))
+            raise UserError(f"{path}: is missing; this program needs it (weights in several files cannot be read)")
+    tokenizer = load_tokenizer(proto := tokenizer_file.read_bytes(), tokenizer_file)
     if tokenizer.vocab_size() != shape["vocab_size"]:
-        raise UserError(f"{folder}: {tokenizer.vocab_size():,} pieces in the tokenizer, {shape['vocab_size']:,} in the "
-                        "model; this program needs as many")  # fmt: skip
+        both = f"{tokenizer.vocab_size():,} pieces in the tokenizer, {shape['vocab_size']:,} in the model"
+        raise UserError(f"{folder}: {both}; this program needs as many")
     try:
         if "template" in metadata:
             template_tokens(metadata["template"], tokenizer)
@@ -292,18 +270,22 @@ def bring_back(folder: Path, out_dir: Path) -> None:
     head, embedding = weights.pop("lm_head.weight", None), weights.get("model.embed_tokens.weight")
     if embedding is None or not (tied if head is None else torch.equal(head, embedding)):
         raise UserError(f"{file}: the output matrix is not the embedding; this program has one for both")
-    tiny = ModelConfig(1, 1, 1, 1, 1, 2, 1, 1, qk_norm=shape["qk_norm"])  # has the same names
-    known = set(map(their_name, GPT(tiny).state_dict()))
+    if f"model.layers.{shape['n_layer'] - 1}.mlp.up_proj.weight" not in weights:  # before so many layers are made
+        raise UserError(f"{file}: has not the {shape['n_layer']} layers that config.json says")
+    try:
+        with torch.device("meta"):  # shapes without memory, whatever the file claims
+            expected = GPT(ModelConfig(**shape)).state_dict()
+    except (RuntimeError, TypeError) as e:
+        raise UserError(f"{folder}: weights and config.json do not fit ({str(e).splitlines()[0]})") from None
+    sizes = {their_name(name): weight.shape for name, weight in expected.items()}
+    for name, size in sorted(sizes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
+        raise UserError(f"{file}: {name} of shape {tuple(size)} is missing, or is none of this model's weights")
     for name, weight in weights.items():
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{file}: {name} is {weight.dtype}; float32, bfloat16 and float16 can be read")
-        if re.sub(r"layers\.\d+", "layers.0", name) not in known:
-            raise UserError(f"{file}: {name} is no weight of this program's models")
-    state: dict = {"model": {our_name(name): weight.float() for name, weight in weights.items()}, "model_config": shape}
-    model = build_model(state, file)  # do weights and shape fit?
-    with new_folder(out_dir) as new:
-        state |= {**metadata, "model": model.state_dict(), "tokenizer": proto}
-        save_checkpoint(new / f"ckpt_{metadata['step']:06d}.pt", state)
+    state = {"model": {name: weights[their_name(name)].float() for name in expected}, "model_config": shape}
+    with new_folder(out_dir) as new, atomic_write(new / f"ckpt_{metadata['step']:06d}.pt") as f:
+        torch.save(state | metadata | {"tokenizer": proto}, f)
 
 
 def main() -> None:
@@ -328,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

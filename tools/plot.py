@@ -10,8 +10,7 @@ import json
 import math
 from pathlib import Path
 
-from common.files import atomic_write
-from common.settings import Parser, UserError, run
+from common.files import Parser, UserError, atomic_write, report_errors
 
 # What there is to see, where a run has it; the validation's figure of the same name (val_loss) goes with it.
 PANELS = {
@@ -19,7 +18,7 @@ PANELS = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens a second",
-    "accuracy": "accuracy on pairs",  # of dpo.py
+    "accuracy": "accuracy on pairs",  # of tools/dpo.py
     "margin": "reward margin",
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # safe for colour-blind readers
@@ -102,9 +101,7 @@ def main() -> None:
     parser = Parser(description="Plot the curves of runs.", allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", metavar="OUT_DIR", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="what stands on the x axis")
-    parser.add_argument(
-        "--smooth", type=float, default=0.04, help="share of a run on either side to average over; 0: none"
-    )
+    parser.add_argument("--smooth", type=float, default=0.04, help="share of a run on either side to average; 0: none")
     parser.add_argument("--out", type=Path, help="a .png or .svg file (default: curves.png in the first run's folder)")
     args = parser.parse_args()
     if not 0 <= args.smooth <= 1:
@@ -127,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

@@ -4,28 +4,26 @@
     python -m tools.report out/demo out/demo_sft --times out/demo.times.tsv --out out/report.md
 
 Each argument is the folder of a run, in the order of the stages. A file eval.json in it, from `python -m tools.eval
---json`, is shown too; so are curves, where matplotlib is installed.
+--json`, is shown too. MFU is the share of the matrix products that were measured on the same hardware before the run,
+not of the vendor's peak.
 """
 
 import collections
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from pathlib import Path
 
 import torch
 
-from common.checkpoint import build_model, newest_checkpoint, read_checkpoint
-from common.device import choose_device
-from common.files import atomic_write
-from common.settings import Parser, UserError, run
-from common.tokenizer import load_tokenizer
+from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
+from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors
 from sample import encode_prompt, generate_text
-from tools.eval import LABELS
+from tools.eval import LABELS, shown
 from tools.plot import read_metrics
 
 
@@ -36,18 +34,14 @@ def table(titles: list[str], rows: list[list]) -> str:
 
 def machine() -> str:
     """The hardware and the versions that made the runs, as far as this process sees them."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-                 if line.startswith("model name")]  # fmt: skip
-        processor = names[0] if names else processor
+    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (name := re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8"))):
+        processor = name[1]
     rows = [["CPU", f"{processor}, {os.cpu_count()} cores"]]
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         rows.append(["GPU", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"])
-    _, dtype = choose_device("auto")
-    rows.append(["number type", str(dtype)])
+    rows.append(["number type", str(choose_dtype("auto", choose_device("auto")))])
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "sentencepiece")]
     rows.append(["versions", ", ".join(versions)])
@@ -97,22 +91,16 @@ def training_row(folder: Path) -> list[str]:
 
 def evaluation(folders: list[Path]) -> str:
     """The metrics of tools/eval.py, a column for each run that has them; empty if none has."""
-    found = {f.name: json.loads((f / "eval.json").read_text("utf-8")) for f in folders if (f / "eval.json").exists()}
-    if not found:
-        return ""
-    rows = []
-    for name, label in LABELS.items():
-        values = [metrics.get(name) for metrics in found.values()]
-        if any(value is not None for value in values):
-            plain = name in ("length", "bits_per_char")
-            rows.append([label, *("" if v is None else f"{v:.2f}" if plain else f"{v:.1%}" for v in values)])
-    return table(["held-out instructions", *found], rows)
+    files = {folder.name: folder / "eval.json" for folder in folders if (folder / "eval.json").exists()}
+    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    rows = [[label, *(shown(name, scores.get(name)) for scores in found.values())] for name, label in LABELS.items()]
+    return table(["held-out instructions", *found], rows) if found else ""
 
 
 def stories_of(folder: Path, words: str) -> str:
     """Two stories of the newest checkpoint, for an instruction if the model follows them."""
-    path, checkpoint = newest_checkpoint(folder) or (folder, read_checkpoint(folder))
-    model, tokenizer = build_model(checkpoint, path).eval(), load_tokenizer(checkpoint["tokenizer"], path)
+    checkpoint = read_checkpoint(folder)
+    model, tokenizer = build_model(checkpoint, folder).eval(), load_tokenizer(checkpoint["tokenizer"], folder)
     template = checkpoint.get("template", "")
     instruction = f"词汇：{words}" if template else ""
     prompt = encode_prompt(tokenizer, template, instruction, "")
@@ -137,13 +125,6 @@ def main() -> None:
     if found := evaluation(args.runs):
         parts += ["## Evaluation\n", found]
     parts += ["## Stories\n", *(stories_of(folder, args.words) for folder in args.runs)]
-    if importlib.util.find_spec("matplotlib"):
-        curves = args.out.with_suffix(".png")
-        from tools.plot import draw
-
-        with atomic_write(curves) as f:
-            draw({folder.name: read_metrics(folder / "metrics.jsonl") for folder in args.runs}, "step", 0.02, f, "png")
-        parts += ["## Curves\n", f"![loss, learning rate, gradient norm and speed]({curves.name})\n"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out) as f:
         f.write("\n".join(parts).encode())
@@ -151,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)

@@ -42,10 +42,8 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import build_model, read_checkpoint
-from common.device import choose_device
-from common.settings import Parser, UserError, run
-from common.tokenizer import load_tokenizer, template_tokens
+from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
+from common.files import Parser, UserError, load_tokenizer, report_errors, template_tokens
 from sample import CACHE_STEP, encode_prompt, prefill, random_noise, sample_token, story_start
 from stories.constraints import NAMES, read_constraints, write_constraints
 from stories.rewards import can_choose, findings, reward, score
@@ -331,18 +329,23 @@ class Visit(BaseHTTPRequestHandler):
         self.server.sampler.add(stories)
         return stories
 
-    def send_story(self, story: Story) -> None:
-        """Send the story as it is generated. Sending fails when the visitor has gone."""
-        sampler, tokens, written, done = self.server.sampler, list(story.beginning), 0, False
-        self.send(200, "application/x-ndjson")
-        self.line(seed=story.seed)
-        self.line(ahead=sampler.ahead(story))
+    def tokens_of(self, story: Story):
+        """Yield a story's tokens as they are generated. Meanwhile its visitor hears how many are before it."""
+        done = False
         while not done:
             try:
                 token, done = story.tokens.get(timeout=1)
+                yield token, done
             except queue.Empty:
-                self.line(ahead=sampler.ahead(story))
-                continue
+                self.line(ahead=self.server.sampler.ahead(story))
+
+    def send_story(self, story: Story) -> None:
+        """Send the story as it is generated. Sending fails when the visitor has gone."""
+        sampler, tokens, written = self.server.sampler, list(story.beginning), 0
+        self.send(200, "application/x-ndjson")
+        self.line(seed=story.seed)
+        self.line(ahead=sampler.ahead(story))
+        for token, done in self.tokens_of(story):
             ended = token == sampler.tokenizer.eos_id()
             tokens += [] if ended else [token]
             text = sampler.tokenizer.decode(tokens)
@@ -354,20 +357,14 @@ class Visit(BaseHTTPRequestHandler):
 
     def send_best(self, stories: list[Story]) -> None:
         """Wait for all stories, then send the best. Sending fails when the visitor has gone."""
-        sampler, constraints = self.server.sampler, read_constraints(stories[0].instruction)
+        tokenizer, constraints = self.server.sampler.tokenizer, read_constraints(stories[0].instruction)
         self.send(200, "application/x-ndjson")
         self.line(seed=stories[0].seed)
         found = []
         for story in stories:
-            tokens, done = list(story.beginning), False
-            while not done:
-                try:
-                    token, done = story.tokens.get(timeout=1)
-                    tokens.append(token)
-                except queue.Empty:
-                    self.line(ahead=sampler.ahead(story))
-            ended = tokens[-1] == sampler.tokenizer.eos_id()
-            text = sampler.tokenizer.decode(tokens[:-1] if ended else tokens).rstrip("\ufffd")
+            tokens = [*story.beginning, *(token for token, _ in self.tokens_of(story))]
+            ended = tokens[-1] == tokenizer.eos_id()
+            text = tokenizer.decode(tokens[:-1] if ended else tokens).rstrip("\ufffd")
             found.append((reward(score(constraints, text) | {"finished": float(ended)}), text, ended, story.seed))
         _, text, ended, seed = max(found, key=lambda one: one[0])
         self.line(text=text)
@@ -386,14 +383,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="stories in a batch; further ones wait")
     parser.add_argument("--per_minute", type=int, default=30, help="stories an address may ask for in a minute")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: less exact")
+    types = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=types, help="of the weights; auto: the fastest")
     args = parser.parse_args()
     for key, least, most in (("port", 0, 65535), ("batch", 1, 256), ("per_minute", 1, 9999)):
         if not least <= getattr(args, key) <= most:
             raise UserError(f"--{key} {getattr(args, key)}: must lie between {least} and {most}")
-    device, _ = choose_device(args.device)
+    device = choose_device(args.device)
     checkpoint = read_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(device, getattr(torch, args.dtype)).eval()
+    model = build_model(checkpoint, args.ckpt).to(device, choose_dtype(args.dtype, device)).eval()
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
     if tokenizer.vocab_size() != model.config.vocab_size:
         raise UserError(f"{args.ckpt}: the tokenizer in it has not as many pieces as the model")
@@ -421,7 +419,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    report_errors(main)
     # All is closed. On a busy machine a thread of PyTorch has been seen to abort the process while it is taken down.
     sys.stdout.flush()
     os._exit(0)
