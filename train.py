@@ -518,7 +518,8 @@ def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
     all_reduce(least, dist.ReduceOp.MIN)
     all_reduce(most, dist.ReduceOp.MAX)
     if not least.equal(most) or not sums.isfinite().all():
-        raise UserError(f"step {step}: weights are not finite or differ between processes; not saved; --resume=True")
+        wrong = "weights are not finite or differ between processes"
+        raise UserError(f"step {step}: {wrong}; not saved; go back to the last checkpoint with --resume=True")
 
 
 @torch.no_grad()
@@ -595,7 +596,8 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_toke
     progress = progress_of(step, seconds, s)
     while progress < 1 and not stopping:
         # Forward and backward. The summed loss is divided once, by all targets of the step (why: GPT.loss).
-        (micro_batches, denominator), sums = next_batch, []
+        micro_batches, denominator = next_batch
+        sums = []  # of the metrics, for each micro-batch
         for batch in micro_batches:
             with autocast:
                 metrics = compiled_loss(model, batch)
@@ -626,7 +628,6 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_toke
         shared = torch.tensor([stop_requested.is_set(), seconds_before + elapsed], dtype=torch.float64)
         all_reduce(shared, dist.ReduceOp.MAX)
         stopping, seconds = bool(shared[0]), shared[1].item()
-
         progress = progress_of(step, seconds, s)
         last = progress >= 1
         should_save = last or stopping or step % s.save_interval == 0

@@ -31,15 +31,13 @@ from common.checkpoint import build_model, choose_device, find_checkpoints, read
 from common.files import UserError, atomic_write, clean, load_tokenizer, report_errors, template_tokens
 from common.settings import load_settings, setting
 from model import GPT, IGNORE
-from sample import sample_and_score
+from sample import BATCH, sample_and_score
 from sft import PackedSFTDataset, add_lora, open_examples
 from stories import records
 from stories.constraints import read_constraints
 from stories.read import find_inputs, read_blocks, records_of
 from stories.rewards import average, reward, score
 from train import RANK, WORLD_SIZE, LoopSettings, ShuffledDataset, process_group, settle_dtype, train
-
-SAMPLING_BATCH = 64  # stories in a batch when pairs are made
 
 
 @dataclass
@@ -94,7 +92,7 @@ def make_pairs(path: Path, model: GPT, tokenizer, data: PackedSFTDataset, refere
     where it stopped.
     """
     order = np.random.default_rng(s.seed).permutation(sorted(data.packed))[: s.instructions]
-    per_batch = max(1, SAMPLING_BATCH // s.samples)
+    per_batch = max(1, BATCH // s.samples)
     batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
     made_with = repr((reference, str(data.path), s.samples, s.temperature, s.reference_chosen, s.seed))
     part = path.with_name(f"{path.name}.{digest([made_with.encode()])[:8]}.part")  # a line: the pairs of a batch
