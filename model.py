@@ -204,9 +204,7 @@ class GPT(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
         if torch.is_grad_enabled():
             return ChunkedCrossEntropy.apply(x, weight, targets)
-        return sum(
-            (loss for *_, loss in chunked_cross_entropy(x, weight, targets)), x.new_zeros((), dtype=torch.float32)
-        )
+        return sum(loss for *_, loss in chunked_cross_entropy(x, weight, targets))
 
     def new_cache(self, batch_size: int, length: int, dtype=torch.float32) -> list:
         """An empty KV cache of `length` positions: for each layer two tensors, (B, K, S, D)."""
@@ -258,7 +256,7 @@ def attend_on_cpu(q, k, v, mask=None):
 def chunked_cross_entropy(x, weight, targets):
     """For LOGITS_PER_CHUNK tokens at a time: their slice, log-probabilities, and summed loss."""
     size = LOGITS_PER_CHUNK[x.device.type]
-    for start in range(0, x.size(0), size):
+    for start in range(0, max(1, x.size(0)), size):  # one at least, perhaps empty
         here = slice(start, start + size)
         log_p = F.linear(x[here], weight).float().log_softmax(dim=-1)  # (R, V)
         yield here, log_p, F.nll_loss(log_p, targets[here], ignore_index=IGNORE, reduction="sum")

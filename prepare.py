@@ -35,19 +35,15 @@ import numpy as np
 import sentencepiece
 
 from common.files import (
-    CONTROL_TOKENS,
-    TEMPLATE,
     Parser,
     UserError,
     atomic_write,
-    clean,
     load_tokenizer,
     locked,
     report_errors,
     sync_folder,
-    template_tokens,
 )
-from stories.constraints import NAMES
+from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, clean, template_tokens
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
 from stories.read import LONGEST, describe_texts, find_inputs, read_blocks, records_of

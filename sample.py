@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import build_model, choose_device, choose_dtype, compile_function, read_checkpoint
-from common.files import Parser, UserError, clean, load_tokenizer, report_errors, template_tokens
+from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint, try_compile
+from common.files import Parser, UserError, load_tokenizer, report_errors
 from model import GPT
-from stories.constraints import NAMES, read_constraints, write_constraints
+from stories.constraints import NAMES, clean, read_constraints, template_tokens, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
 BATCH = 64  # stories that are generated together
@@ -87,7 +87,7 @@ def compile_decode(model: GPT, cache: list, cuda_graph: bool):
         # the matrix library does.
         limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
         compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
-    return compile_function(model, model.embedding.weight.device, "reduce-overhead" if cuda_graph else None)
+    return try_compile(model, model.embedding.weight.device, "reduce-overhead" if cuda_graph else None)
 
 
 @torch.inference_mode()

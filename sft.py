@@ -22,9 +22,10 @@ import torch.nn as nn
 import torch.nn.utils.parametrize as parametrize
 
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
-from common.files import UserError, atomic_write, load_tokenizer, report_errors, template_tokens
+from common.files import UserError, atomic_write, load_tokenizer, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE
+from stories.constraints import template_tokens
 from train import RANK, LoopSettings, ShuffledDataset, open_tokens, process_group, read_meta, train
 
 
@@ -108,7 +109,6 @@ class PackedSFTDataset(ShuffledDataset):
 
     def __init__(self, path: Path, meta: dict, response_token: int, block_size: int, max_length: int, seed: int = 0):
         """max_length: the most tokens of an example that the model can read. Raises UserError."""
-        super().__init__(path, seed, block_size)
         self.tokens, self.end_token = open_tokens(path, meta), meta["end_token"]
         self.example_ends = np.flatnonzero(self.tokens == self.end_token) + 1
         self.example_starts = np.append(0, self.example_ends[:-1])
@@ -123,10 +123,8 @@ class PackedSFTDataset(ShuffledDataset):
         self.left_out = len(lengths) - len(fitting)
         packed, self.sequence_starts = pack(lengths[fitting], block_size)
         self.packed = fitting[packed]  # the indices of the examples, sequence after sequence
+        super().__init__(path, len(self.sequence_starts) - 1, seed, block_size)
         self.efficiency = lengths[fitting].sum() / (len(self) * block_size)
-
-    def __len__(self) -> int:
-        return len(self.sequence_starts) - 1
 
     def __str__(self) -> str:
         return (

@@ -13,7 +13,6 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -29,21 +28,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.checkpoint import (
-    choose_device,
-    choose_dtype,
-    compile_function,
-    find_checkpoints,
-    matmul_flops,
-    read_checkpoint,
-)
+from common.checkpoint import choose_device, choose_dtype, find_checkpoints, matmul_flops, read_checkpoint, try_compile
 from common.files import UserError, atomic_write, load_tokenizer, locked, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE, ModelConfig
 
 # torchrun starts several processes and gives each these numbers.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TIMEOUT = datetime.timedelta(minutes=10)  # a process waits this long for the others
 
 # ---- Settings --------------------------------------------------------------------------------------
 
@@ -120,11 +111,12 @@ class ShuffledDataset:
     """Sequences in a new seeded order each epoch, without replacement.
 
     Which sequence is the n-th of a run depends on n and the seed alone. So a resumed run continues exactly.
-    A subclass has a length and `sequences(indices)`, a dict of CPU tensors with one row each.
+    A subclass has `sequences(indices)`, a dict of CPU tensors with one row each.
     """
 
-    def __init__(self, path: Path, seed: int, tokens_per_sequence: int):
-        self.path, self.seed, self.tokens_per_sequence, self.epoch = path, seed, tokens_per_sequence, -1
+    def __init__(self, path: Path, length: int, seed: int, tokens_per_sequence: int):
+        self.path, self.length, self.seed, self.tokens_per_sequence = path, length, seed, tokens_per_sequence
+        self.epoch = -1
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Sequences number first to first + count - 1 of the run."""
@@ -137,7 +129,7 @@ class ShuffledDataset:
         return self.sequences(indices)
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return self.length
 
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -152,11 +144,8 @@ class TokenDataset(ShuffledDataset):
 
     def __init__(self, path: Path, meta: dict, block_size: int, seed: int, end_token: int | None = None):
         """With end_token, batches say which story a token belongs to. Raises UserError."""
-        super().__init__(path, seed, block_size)
         self.tokens, self.end_token = open_tokens(path, meta), end_token
-
-    def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.tokens_per_sequence
+        super().__init__(path, (len(self.tokens) - 1) // block_size, seed, block_size)
 
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """tokens, targets (the tokens one place further) and perhaps documents, (B, T) each."""
@@ -221,7 +210,7 @@ def process_group(s: LoopSettings):
     configure_pytorch(s)
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if choose_device(s.device).type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend)
     torch.manual_seed(s.seed)
     out_dir = Path(s.out_dir)
     with locked(out_dir / "lock", out_dir) if RANK == 0 else contextlib.nullcontext():
@@ -231,21 +220,18 @@ def process_group(s: LoopSettings):
         dist.destroy_process_group()
 
 
-def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
-    """dist.all_reduce, in place. Raises UserError if another process has ended or hangs."""
+def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
+    """Sum each tensor over all processes, in place, in one transfer.
+
+    Raises UserError if another process has ended or hangs.
+    """
     if WORLD_SIZE > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         try:
-            dist.all_reduce(tensor, op)
+            dist.all_reduce(flat, op)
         except RuntimeError as e:
             reason = str(e).splitlines()[0]
             raise UserError(f"another process has ended or hangs ({reason}); continue with --resume=True") from None
-
-
-def all_reduce_together(tensors: list[torch.Tensor]) -> None:
-    """Sum each tensor over all processes, in place, in one transfer."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -353,9 +339,7 @@ def next_token_loss(model: GPT, batch: dict) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def evaluate(
-    loss_fn, model: GPT, data: ShuffledDataset, tokenizer, names: list[str], s: LoopSettings, autocast
-) -> dict:
+def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, names: list[str], s, autocast) -> dict:
     """The means of the metrics `names` on s.eval_sequences of the validation data."""
     totals = torch.zeros(len(names) + 2, dtype=torch.float64)  # and the denominator, and characters
     n, device = min(s.eval_sequences, len(data)), model.embedding.weight.device
@@ -387,7 +371,7 @@ def open_log(s: LoopSettings, step: int):
         f.writelines(line for line in lines if line.endswith(b"}\n") and json.loads(line)["step"] <= step)
     file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
     try:
-        show = {"": lambda s, step: None, "tensorboard": to_tensorboard, "wandb": to_wandb}[s.logger](s, step)
+        show = {"tensorboard": to_tensorboard, "wandb": to_wandb}[s.logger](s, step) if s.logger else lambda line: None
     except Exception as e:  # not installed, not logged in, no network
         raise UserError(f"logger = {s.logger!r}: {e}") from None
 
@@ -398,8 +382,7 @@ def open_log(s: LoopSettings, step: int):
             os.fsync(file.fileno())  # the lines of a checkpoint are on the disk before it is
         except OSError as e:  # the error of a full disk has no file name
             raise UserError(f"{path}: {e.strerror}") from None
-        if show:
-            show(line)
+        show(line)
 
     return log
 
@@ -433,8 +416,7 @@ def to_wandb(s: LoopSettings, step: int):
 
 def check_run(s: LoopSettings, train_data: ShuffledDataset, val_data: ShuffledDataset) -> None:
     """Raise a UserError if settings, data and processes do not fit. Set max_iters from epochs."""
-    if s.gradient_accumulation_steps % WORLD_SIZE:
-        n = s.gradient_accumulation_steps
+    if (n := s.gradient_accumulation_steps) % WORLD_SIZE:
         raise UserError(f"gradient_accumulation_steps = {n}: not a multiple of {WORLD_SIZE} processes")
     for data, advice in ((train_data, "add stories"), (val_data, "prepare with a larger --val_fraction")):
         if not len(data):
@@ -514,10 +496,10 @@ def read_metrics(recent: list[torch.Tensor], names: list[str], step: int, scaler
 def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
     """Raise a UserError if weights are not finite or differ between the processes."""
     sums = torch.stack([p.detach().float().sum() for p in trainable]).cpu()  # (parameters,)
-    least, most = sums.clone(), sums.clone()
-    all_reduce(least, dist.ReduceOp.MIN)
-    all_reduce(most, dist.ReduceOp.MAX)
-    if not least.equal(most) or not sums.isfinite().all():
+    both = torch.stack([sums, -sums])  # (2, parameters): their maxima are the largest sums and the smallest
+    most = both.clone()
+    all_reduce(most, op=dist.ReduceOp.MAX)
+    if not most.equal(both) or not sums.isfinite().all():
         wrong = "weights are not finite or differ between processes"
         raise UserError(f"step {step}: {wrong}; not saved; go back to the last checkpoint with --resume=True")
 
@@ -578,7 +560,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_toke
         except (KeyError, ValueError, RuntimeError) as e:
             raise UserError(f"{checkpoints[0]}: training cannot continue from it ({e!r}); remove it") from None
 
-    compiled_loss = compile_function(loss_fn, device) if s.compile else loss_fn
+    compiled_loss = try_compile(loss_fn, device) if s.compile else loss_fn
     tokenizer = load_tokenizer(metadata["tokenizer"], f"{s.data_dir}/tokenizer.model")
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * train_data.tokens_per_sequence
     if RANK == 0:
@@ -605,7 +587,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_toke
             sums.append(torch.stack(list(metrics.values())).detach())  # (metrics,)
         next_batch = get_batch(train_data, step + 1, s, device)  # while the device still computes
         means = torch.stack(sums).sum(dim=0) / denominator  # (metrics,)
-        all_reduce_together([means, *(p.grad for p in trainable if p.grad is not None)])
+        all_reduce(means, *(p.grad for p in trainable if p.grad is not None))
 
         # Clip and step
         learning_rate = learning_rate_at(step, progress, s)
@@ -626,7 +608,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_toke
         step += 1
         elapsed = time.perf_counter() - start
         shared = torch.tensor([stop_requested.is_set(), seconds_before + elapsed], dtype=torch.float64)
-        all_reduce(shared, dist.ReduceOp.MAX)
+        all_reduce(shared, op=dist.ReduceOp.MAX)
         stopping, seconds = bool(shared[0]), shared[1].item()
         progress = progress_of(step, seconds, s)
         last = progress >= 1

@@ -6,7 +6,6 @@ the step and the settings, so that training continues from it. `train.train` wri
 
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -40,10 +39,8 @@ def read_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["model"], checkpoint["model_config"], checkpoint["tokenizer"], checkpoint["step"]  # raises KeyError
-    except Exception as e:  # a damaged file can raise anything in the unpickler
-        reason = str(e).split("\n")[0][:200] if str(e) else type(e).__name__
-        if isinstance(e, pickle.UnpicklingError):  # PyTorch's own message advises to load it all the same
-            reason = "it is damaged, or holds code"
+    except Exception as e:  # the unpickler of a damaged file can raise anything; PyTorch's advice is to run its code
+        reason = f"{type(e).__name__}: it is damaged, of another program, or holds code"
         raise UserError(f"{path}: not a checkpoint that can be read ({reason}); is there an older one?") from None
     return checkpoint
 
@@ -115,7 +112,7 @@ def choose_dtype(name: str, device: torch.device, show: bool = False) -> torch.d
     return torch.bfloat16 if bfloat16 > 1.15 * float32 else torch.float32
 
 
-def compile_function(function, device: torch.device, mode: str | None = None):
+def try_compile(function, device: torch.device, mode: str | None = None):
     """torch.compile(function); where that cannot work, `function` itself."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     header = Path(sysconfig.get_path("include"), "Python.h")  # compiled kernels are Python extensions

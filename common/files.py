@@ -4,9 +4,7 @@ import argparse
 import contextlib
 import io
 import os
-import re
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,20 +105,6 @@ def sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-# ---- Text and tokenizer ----------------------------------------------------------------------------
-
-# Control tokens frame the two parts. Text never becomes one of them, so no instruction can forge a response.
-CONTROL_TOKENS = ["<|user|>", "<|assistant|>"]
-TEMPLATE = "<|user|>{instruction}<|assistant|>{response}"
-
-
-def clean(text: str) -> str:
-    """Unicode NFC, line ends as \\n, no white space around. Raises UnicodeEncodeError for a lone surrogate."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
-    text.encode()  # JSON can spell half of a surrogate pair, which no file can store
-    return text
-
-
 def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece model from its bytes. Raises UserError naming `name` if it cannot be used."""
     try:
@@ -132,15 +116,3 @@ def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePiec
     if loaded.eos_id() < 0 or not loaded.is_control(loaded.eos_id()):
         raise UserError(f"{name}: has no control token for the end of a text (eos)")
     return loaded
-
-
-def template_tokens(template: str, tokenizer) -> tuple[list[int], list[int]]:
-    """The control tokens of a template: those before the instruction, and the one before the response.
-
-    Raises UserError.
-    """
-    parts = re.fullmatch(r"(.*)\{instruction\}(.+)\{response\}", str(template))
-    ids = [tokenizer.piece_to_id(piece) for piece in parts.groups() if piece] if parts else []
-    if not ids or not all(map(tokenizer.is_control, ids)):
-        raise UserError(f"the template {template!r} does not fit the tokenizer: …{{instruction}}…{{response}} expected")
-    return ids[:-1], ids[-1:]

@@ -12,8 +12,6 @@ from common.files import UserError
 
 RENAMED = {"cooldown": "decay_fraction", "eval_blocks": "eval_sequences"}  # old name -> new name
 
-# ---- Fields ----------------------------------------------------------------------------------------
-
 
 def setting(default, at_least: float = 0, below: float = 2**63, choices: tuple[str, ...] = (), fixed=False) -> Any:
     """A dataclass field with its range: at_least <= value < below for numbers, one of `choices` for text.
@@ -28,14 +26,11 @@ def check_ranges(settings) -> None:
     """Raise a UserError that names the first setting outside its range."""
     for field in dataclasses.fields(settings):
         value, limits = getattr(settings, field.name), setting(None).metadata | field.metadata
-        if field.type in (int, float) and not limits["at_least"] <= value < limits["below"]:
-            below = "2**63" if limits["below"] == 2**63 else limits["below"]
-            raise UserError(f"{field.name} = {value}: must be at least {limits['at_least']} and below {below}")
+        least, end = limits["at_least"], limits["below"]
+        if field.type in (int, float) and not least <= value < end:
+            raise UserError(f"{field.name} = {value}: must be at least {least} and below {end}")
         if limits["choices"] and value not in limits["choices"]:
             raise UserError(f"{field.name} = {value!r}: must be one of {', '.join(map(repr, limits['choices']))}")
-
-
-# ---- Config files and the command line -------------------------------------------------------------
 
 
 def read_config(path: str) -> dict:

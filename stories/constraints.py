@@ -1,4 +1,4 @@
-"""Constraints: what an instruction asks of a story, in the words of TinyStoriesChinese.
+"""The text of instructions: clean Unicode; constraints, in the words of TinyStoriesChinese; and the template around it.
 
 One constraint a line, in any order and any number:
 
@@ -9,12 +9,22 @@ One constraint a line, in any order and any number:
 """
 
 import re
+import unicodedata
+
+from common.files import UserError
 
 NAMES = {"词汇": "words", "特点": "features", "摘要": "summary", "随机句子": "sentence"}  # and sample.py's options
 SYNONYMS = dict.fromkeys(("关键词", "单词", "词语"), "词汇")  # other translations of the original's labels
 SYNONYMS |= dict.fromkeys(("特征", "故事特点"), "特点")
 SYNONYMS |= dict.fromkeys(("总结", "概要"), "摘要")
 SYNONYMS |= dict.fromkeys(("随机句", "随机的句子"), "随机句子")
+
+
+def clean(text: str) -> str:
+    """Unicode NFC, line ends as \\n, no white space around. Raises UnicodeEncodeError for a lone surrogate."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    text.encode()  # JSON can spell half of a surrogate pair, which no file can store
+    return text
 
 
 def split_list(value: str) -> list[str]:
@@ -42,3 +52,20 @@ def read_constraints(text: str) -> dict[str, str] | None:
             return None
         constraints[name] = value
     return constraints or None
+
+
+# Control tokens frame the two parts. Text never becomes one of them, so no instruction can forge a response.
+CONTROL_TOKENS = ["<|user|>", "<|assistant|>"]
+TEMPLATE = "<|user|>{instruction}<|assistant|>{response}"
+
+
+def template_tokens(template: str, tokenizer) -> tuple[list[int], list[int]]:
+    """The control tokens of a template: those before the instruction, and the one before the response.
+
+    Raises UserError.
+    """
+    parts = re.fullmatch(r"(.*)\{instruction\}(.+)\{response\}", str(template))
+    ids = [tokenizer.piece_to_id(piece) for piece in parts.groups() if piece] if parts else []
+    if not ids or not all(map(tokenizer.is_control, ids)):
+        raise UserError(f"the template {template!r} does not fit the tokenizer: …{{instruction}}…{{response}} expected")
+    return ids[:-1], ids[-1:]

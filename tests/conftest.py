@@ -13,12 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launcher import Popen
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
 from common.files import report_errors  # noqa: E402 (the path to it is set above)
+
+subprocess.Popen = Popen  # type: ignore[misc]  # for subprocess.run too, and wherever a test starts Python
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from conftest import TINY, metrics_of, run_script, tiny, tuning
 from test_model import small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.checkpoint import build_model, compile_function, read_checkpoint
+from common.checkpoint import build_model, read_checkpoint, try_compile
 from common.settings import load_settings
 from model import GPT, IGNORE, ModelConfig
 from sample import generate
@@ -39,7 +39,7 @@ def test_loss_and_gradients_equal_the_cpus(masked, compiled):
     losses, gradients = [], []
     for device in ("cpu", "cuda"):
         model = small().to(device)
-        call = compile_function(model.loss, torch.device(device)) if compiled and device == "cuda" else model.loss
+        call = try_compile(model.loss, torch.device(device)) if compiled and device == "cuda" else model.loss
         loss = call(tokens.to(device), targets.to(device), None if documents is None else documents.to(device))
         loss.backward()
         losses.append(loss.item())

@@ -24,9 +24,9 @@ from conftest import ROOT, assert_one_line_error, run_script, script_here
 import sample
 import tools.serve
 from common.checkpoint import build_model, read_checkpoint
-from common.files import CONTROL_TOKENS, load_tokenizer
+from common.files import load_tokenizer
 from model import GPT, ModelConfig
-from stories.constraints import NAMES
+from stories.constraints import CONTROL_TOKENS, NAMES
 from stories.generate import FEATURES
 from stories.rewards import findings
 from tools.serve import CONNECTIONS, LARGEST, WAITING, Refusal, Sampler, read_stories

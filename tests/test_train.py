@@ -107,11 +107,8 @@ class Rows(train.ShuffledDataset):
     """Random sequences, with targets that are to be ignored: fewer in some rows than in others."""
 
     def __init__(self, vocab_size, length):
-        super().__init__(Path("rows"), 3, length)
+        super().__init__(Path("rows"), 50, 3, length)
         self.vocab_size = vocab_size
-
-    def __len__(self):
-        return 50
 
     def row(self, n):
         rng = np.random.default_rng(n)

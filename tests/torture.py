@@ -49,7 +49,8 @@ import sft
 import tools.eval
 import train
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
-from common.files import UserError, clean, load_tokenizer, report_errors
+from common.files import UserError, load_tokenizer, report_errors
+from stories.constraints import clean
 from stories.generate import write_corpus
 from tools import check
 
@@ -1114,7 +1115,8 @@ def noting(folder):
     """A prelude: the loop's loss notes the sequences it is given, a file for each process."""
 
     def prelude():
-        train.TIMEOUT = datetime.timedelta(seconds=8)
+        start, timeout = torch.distributed.init_process_group, datetime.timedelta(seconds=8)
+        torch.distributed.init_process_group = functools.partial(start, timeout=timeout)
         original, calls = train.next_token_loss, 0
         notes = open(folder / f"{time.monotonic_ns()}", "w")  # noqa: SIM115 (open as long as it runs)
 

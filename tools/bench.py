@@ -1,9 +1,8 @@
 """How fast, how small, how soon: this program beside its peers, in one run.
 
     python -m tools.bench                          everything
-    python -m tools.bench train decode             parts of it: train, memory, decode, prepare, recipe
+    python -m tools.bench train decode             parts of it: train, memory, decode, prepare
     python -m tools.bench --json bench.json
-    python -m tools.bench recipe --stories FILE    the recipe on other stories than the embedded ones
     python -m tools.bench --estimate config/microstories.py --gpu 3090    what a config will cost (tools/estimate.py)
 
 The peer is transformers, where it is installed. Each implementation is a process of its own. They take turns, so that a
@@ -12,7 +11,6 @@ slow minute of the hardware affects both, and the median of each counts.
 
 import functools
 import json
-import math
 import multiprocessing
 import statistics
 import subprocess
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import choose_device, choose_dtype, compile_function, matmul_flops
+from common.checkpoint import choose_device, choose_dtype, matmul_flops, try_compile
 from common.files import Parser, UserError, atomic_write, report_errors
 from model import GPT, ModelConfig
 from sample import generate
@@ -43,7 +41,6 @@ SHAPE = dict[str, Any](n_layer=6, n_head=8, n_kv_head=8, head_dim=64, n_embd=512
 LENGTH = 512  # tokens in a sequence
 SMALL, LARGE = 8_192, 65_024  # vocabularies
 NEW_TOKENS = 128
-TOKENS_A_STEP = 16 * 256  # of config/demo.py, by which the recipe is measured
 
 # ---------------------------------------------------------------------------------------------------
 # The implementations: functions that build a model and return (model, loss of it on tokens)
@@ -97,7 +94,7 @@ def training_step(make, vocab_size: int, batch: int):
     dtype = choose_dtype("auto", device)
     model, loss_of = make(vocab_size)
     model.to(device)
-    loss_of = compile_function(functools.partial(loss_of, model), device)
+    loss_of = try_compile(functools.partial(loss_of, model), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(vocab_size, (batch, LENGTH + 1), device=device)
 
@@ -261,7 +258,8 @@ def write_stories(path: Path, size: int) -> int:
 
 
 def bench_prepare(args, folder: Path) -> list[dict]:
-    prepare_demo()
+    if not Path("data/demo/meta.json").exists():
+        subprocess.run([sys.executable, "prepare.py"], check=True, stdout=subprocess.DEVNULL)
     rows, command = [], [sys.executable, "prepare.py", "--tokenizer", "data/demo/tokenizer.model"]
     for megabytes in args.megabytes:
         characters = write_stories(folder / "stories.jsonl", megabytes * 1_000_000)
@@ -273,63 +271,13 @@ def bench_prepare(args, folder: Path) -> list[dict]:
     return rows
 
 
-def bench_recipe(args, folder: Path) -> list[dict]:
-    """How few of its tokens our recipe needs to end where another ends. Each run has its own full schedule."""
-    data = "data/demo"
-    if args.stories:
-        data = str(folder / "data")
-        options = ["--out_dir", data, "--vocab_size", "4096", "--val_fraction", "0.05"]
-        subprocess.run([sys.executable, "prepare.py", *map(str, args.stories), *options], check=True)
-    else:
-        prepare_demo()
-
-    @functools.cache
-    def ends_on(share: float, *options: str) -> float:
-        """The validation loss of a run with this share of the steps."""
-        out_dir = folder / f"recipe_{share}_{len(list(folder.iterdir()))}"
-        steps = round(args.steps * share)
-        command = [sys.executable, "train.py", "config/demo.py", f"--data_dir={data}", f"--out_dir={out_dir}"]
-        command += [f"--max_iters={steps}", "--eval_interval=100000", "--sample_interval=0", "--save_interval=100000"]
-        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
-        lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-        loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
-        tqdm.write(f"  {steps} steps, {' '.join(options) or 'ours'}: validation loss {loss:.3f}")
-        return loss
-
-    adamw = ["--optimizer=adamw", "--weight_decay=0.1", "--beta2=0.95", "--schedule=cosine"]
-    adamw += [f"--warmup_iters={args.steps // 10}"]
-    rates = ("0.0005", "0.003", "0.01")
-    losses = {rate: ends_on(1.0, *adamw, f"--learning_rate={rate}") for rate in rates}
-    best, rows = min(losses, key=lambda rate: losses[rate]), []
-    for rate in (rates[0], best):
-        shares = (share for share in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0) if ends_on(share) <= losses[rate])
-        share = next(shares, math.inf)  # not even with as many
-        title = f"tokens to AdamW's validation loss, {Path(data).name}"
-        rows.append(row(title, share * args.steps * TOKENS_A_STEP, "tokens", f"AdamW {rate}", share))
-    return rows
-
-
-def prepare_demo() -> None:
-    """data/demo, which several parts use."""
-    if not Path("data/demo/meta.json").exists():
-        subprocess.run([sys.executable, "prepare.py"], check=True, stdout=subprocess.DEVNULL)
-
-
-PARTS = {
-    "train": bench_train,
-    "memory": bench_memory,
-    "decode": bench_decode,
-    "prepare": bench_prepare,
-    "recipe": bench_recipe,
-}
+PARTS = {"train": bench_train, "memory": bench_memory, "decode": bench_decode, "prepare": bench_prepare}
 
 
 def main() -> None:
     parser = Parser(description="Measure this program beside its peers.", allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each implementation")
-    parser.add_argument("--steps", type=int, default=200, help="steps of the runs that the recipe is compared with")
-    parser.add_argument("--stories", type=Path, nargs="+", help="story files for the recipe in place of the corpus")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 400], help="sizes of prepare's input")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--estimate", type=Path, nargs="+", metavar="CONFIG", help="estimate these and measure nothing")
@@ -339,8 +287,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{unknown.pop()!r}: no part; the parts are {', '.join(PARTS)}")
-    if args.rounds < 1 or args.steps < 20 or min(args.megabytes) < 1:
-        raise UserError("--rounds and --megabytes must be at least 1, --steps at least 20")
+    if args.rounds < 1 or min(args.megabytes) < 1:
+        raise UserError("--rounds and --megabytes must be at least 1")
     if args.estimate:
         rows = print_estimates(args.estimate, args.gpu, args.vocab_size, args.sequences)
     else:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from common.checkpoint import find_checkpoints, read_checkpoint
-from common.files import Parser, UserError, load_tokenizer, report_errors, template_tokens
+from common.files import Parser, UserError, load_tokenizer, report_errors
 from model import GPT, ModelConfig
 from sft import add_lora
+from stories.constraints import template_tokens
 from train import LoopSettings, Muon, make_optimizers, open_tokens, read_meta
 
 PIECE = 1 << 24  # tokens of a .bin file that are read at a time

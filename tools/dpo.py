@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.checkpoint import build_model, choose_device, find_checkpoints, read_checkpoint
-from common.files import UserError, atomic_write, clean, load_tokenizer, report_errors, template_tokens
+from common.files import UserError, atomic_write, load_tokenizer, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE
 from sample import BATCH, sample_and_score
 from sft import PackedSFTDataset, add_lora, open_examples
 from stories import records
-from stories.constraints import read_constraints
+from stories.constraints import clean, read_constraints, template_tokens
 from stories.read import find_inputs, read_blocks, records_of
 from stories.rewards import average, reward, score
 from train import RANK, WORLD_SIZE, LoopSettings, ShuffledDataset, process_group, settle_dtype, train
@@ -176,12 +176,9 @@ class PreferenceDataset(ShuffledDataset):
     """Pairs of a chosen and a rejected story: (prompt, chosen, rejected), tokens each. A pair is two sequences."""
 
     def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
-        super().__init__(path, seed, 2 * block_size)
+        super().__init__(path, len(pairs), seed, 2 * block_size)
         self.pairs, self.block_size, self.end_token = pairs, block_size, end_token
         self.reference = np.zeros((len(pairs), 2), dtype=np.float32)  # the reference's log-probabilities
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def loss_denominator(self, batch: dict) -> float:
         """The number of pairs: the loss is a mean over pairs, not over tokens."""

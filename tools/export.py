@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import build_model, read_checkpoint
-from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors, sync_folder, template_tokens
+from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors, sync_folder
 from model import GPT, ModelConfig
+from stories.constraints import template_tokens
 from tools.plot import read_metrics
 
 # Ours to theirs, replaced one after the other.

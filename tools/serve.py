@@ -43,9 +43,9 @@ from typing import Any
 import torch
 
 from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
-from common.files import Parser, UserError, load_tokenizer, report_errors, template_tokens
+from common.files import Parser, UserError, load_tokenizer, report_errors
 from sample import CACHE_STEP, encode_prompt, prefill, random_noise, sample_token, story_start
-from stories.constraints import NAMES, read_constraints, write_constraints
+from stories.constraints import NAMES, read_constraints, template_tokens, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
 PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
