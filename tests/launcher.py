@@ -21,6 +21,7 @@ PR_SET_CHILD_SUBREAPER = 36
 # What Python and its packages read only as they start: with other values a process is started, not forked.
 AT_START = ("OMP_NUM_THREADS", "PYTHON", "LC_", "LANG")
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+WITHOUT_PYTORCH = {"prepare.py", "stories.generate"}  # start at once anyway
 LOCK = threading.Lock()
 
 
@@ -42,20 +43,27 @@ def at_start(env) -> dict:
 STARTED = at_start(os.environ)
 
 
+def can_fork(a: dict) -> bool:
+    """Whether the arguments of a new process say `python ARGS`, and nothing that is done between fork and exec."""
+    if a["preexec_fn"] or a["pass_fds"] or not isinstance(a["args"], list) or a["args"][0] != sys.executable:
+        return False
+    first, *rest = map(str, a["args"][1:])
+    return (first in ("-c", "-m") or first[0] != "-") and not WITHOUT_PYTORCH & {first, *rest[:1]}
+
+
 class Popen(subprocess.Popen):
     """Forked where that makes no difference; else started."""
 
     def _execute_child(self, *args):
         a = inspect.signature(super()._execute_child).bind(*args).arguments
-        command, env = [*map(os.fspath, a["args"])] if isinstance(a["args"], list) else [], a["env"] or dict(os.environ)
-        plain = command[:1] == [sys.executable] and (command[1] in ("-c", "-m") or not command[1].startswith("-"))
-        plain &= not (a["preexec_fn"] or a["pass_fds"] or a["shell"]) and at_start(env) == STARTED
         streams = (a["p2cread"], a["c2pwrite"], a["errwrite"])
         fds = [number if fd == -1 else fd for number, fd in enumerate(streams)]
-        if not plain or any(map(os.isatty, fds)):
+        env = a["env"] or dict(os.environ)
+        if not can_fork(a) or at_start(env) != STARTED or any(map(os.isatty, fds)):
             return super()._execute_child(*args)
+        _, *command = map(os.fspath, a["args"])
         cwd = os.path.abspath(a["cwd"] or ".")
-        request = json.dumps([command[1:], cwd, env, a["start_new_session"]]).encode()
+        request = json.dumps([command, cwd, env, a["start_new_session"]]).encode()
         with LOCK:
             # The new process becomes a child of this one, so that it can be waited for.
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -100,7 +108,7 @@ def serve(connection: socket.socket) -> list:
 if __name__ == "__main__":
     import numpy  # noqa: F401
     import sentencepiece  # noqa: F401
-    import torch._dynamo  # every training loads it
+    import torch._dynamo  # noqa: F401 (every training loads it)
     import tqdm  # noqa: F401
 
     gc.freeze()

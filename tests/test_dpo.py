@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TUNING, assert_one_line_error, metrics_of, run_script, script_here
 from test_model import as_transformers, small
-from test_train import lines_of, same, same_state, torchrun
+from test_train import as_two, lines_of, same, same_state
 
 import sample
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
@@ -384,7 +384,7 @@ def test_two_processes_prefer_as_one(preferred, tuned, tiny_sft, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "pairs.jsonl").write_bytes((preferred / "pairs.jsonl").read_bytes())
-    run_script(*torchrun(), *preferring(tuned, tiny_sft, tmp_path / "two", **changes))
+    as_two(*preferring(tuned, tiny_sft, tmp_path / "two", **changes))
     assert preferring_here(tuned, tiny_sft, tmp_path / "one", **changes).returncode == 0
     for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)

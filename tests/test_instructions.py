@@ -9,10 +9,11 @@ import unicodedata
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_script, script_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prepare
 from common.files import UserError
 from stories.constraints import read_constraints, write_constraints
 from stories.records import examples_of
@@ -324,7 +325,10 @@ def write_records(path, records):
 
 def prepare_sft(out, tokenizer, *inputs, check=True, **more):
     options = {"task": "sft", "tokenizer": tokenizer, "out_dir": out, "val_fraction": 0.3, "workers": 1} | more
-    return run_script("prepare.py", *inputs, *(f"--{k}={v}" for k, v in options.items() if v is not None), check=check)
+    arguments = (f"--{k}={v}" for k, v in options.items() if v is not None)
+    done = script_here(prepare.main, "prepare.py", *inputs, *arguments)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 def counted(folder):

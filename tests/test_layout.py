@@ -68,5 +68,6 @@ def test_no_function_is_long():
 def test_sampling_does_not_load_the_compiler(pretrained):
     """It takes a second, which only --compile has a use for."""
     code = "import sys, sample\nsample.report_errors(sample.main)\nassert 'torch._dynamo' not in sys.modules"
-    done = run_script("-c", code, "--ckpt", pretrained, "--num", 2, "--max_new_tokens", 5, "--device", "cpu")
+    done = run_script("-c", code, "--ckpt", pretrained, "--num", 2, "--max_new_tokens", 5, "--device", "cpu",
+                      PYTHONUTF8="1")  # a Python of its own (tests/launcher.py)  # fmt: skip
     assert done.stdout

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script, script_here
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +103,9 @@ def make(out, *inputs, vocab_size=600, val_fraction=0.2, constants="", **more):
     options = {"out_dir": out, "val_fraction": val_fraction, "vocab_size": vocab_size, **more}
     args = [*inputs, *(f"--{key}={value}" for key, value in options.items())]
     if not constants:
-        return run_script("prepare.py", *args)
+        done = script_here(prepare.main, "prepare.py", *args)
+        assert done.returncode == 0, done.stderr
+        return done
     return run_script("-c", f"import prepare, stories.read; {constants}; prepare.report_errors(prepare.main)", *args)
 
 
@@ -223,7 +225,7 @@ def test_packages_and_suffixes_in_any_case(base, tmp_path, name):
 def test_damaged_packages(base, tmp_path, name, how):
     data = as_parquet(STORIES) if "parquet" in name else as_zst(jsonl(STORIES))
     write(tmp_path / name, data[: len(data) * 2 // 3] if how == "cut" else b"no such format at all" * 9)
-    done = run_script("prepare.py", tmp_path / name, "--out_dir", tmp_path / "out", "--vocab_size", 600, check=False)
+    done = script_here(prepare.main, "prepare.py", tmp_path / name, "--out_dir", tmp_path / "out", "--vocab_size", 600)
     assert_one_line_error(done, tmp_path / name)
     assert not (tmp_path / "out").exists()
 
@@ -258,7 +260,7 @@ def test_what_is_not_read_is_named(base, tmp_path):
             assert name in done.stderr, done.stderr
         assert "._ok" not in done.stderr and ".cache" not in done.stderr
     (tmp_path / "in" / "ok.JSONL").unlink()
-    done = run_script("prepare.py", tmp_path / "in", "--out_dir", tmp_path / "no", check=False)
+    done = script_here(prepare.main, "prepare.py", tmp_path / "in", "--out_dir", tmp_path / "no")
     assert_one_line_error(done, tmp_path / "in", "notes.md")
 
 
@@ -313,7 +315,7 @@ def test_files_that_are_not_what_they_seem(tmp_path, name):
     data, words = NOT_WHAT_THEY_SEEM[name]
     path = write(tmp_path / name, data)
     path = path if path.parent == tmp_path else path.parent
-    done = run_script("prepare.py", path, "--out_dir", tmp_path / "out", "--vocab_size", 600, check=False)
+    done = script_here(prepare.main, "prepare.py", path, "--out_dir", tmp_path / "out", "--vocab_size", 600)
     assert_one_line_error(done, path, *words)
     assert not (tmp_path / "out").exists()
 
@@ -737,6 +739,8 @@ def start_in_the_middle(base, out, pipe, **more):
 def end_group(process, feed):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ValueError):  # closed already
+        process.stdout.read()  # at its end all have ended, and no worker holds the lock
     process.stdout.close()
     process.stderr.close()
     with contextlib.suppress(BrokenPipeError):
@@ -869,7 +873,7 @@ def test_failing_run_leaves_nothing(base, tmp_path, old, tokenizer_given):
         shutil.copytree(base, out)
         before = files_of(out)
     more = ["--tokenizer", base / "tokenizer.model"] if tokenizer_given else ["--vocab_size", 400]
-    done = run_script("prepare.py", file, "--out_dir", out, *more, check=False)
+    done = script_here(prepare.main, "prepare.py", file, "--out_dir", out, *more)
     assert_one_line_error(done, f"{file}:60001")
     assert names_in(out.parent) == (["out", *(f"out/{name}" for name in MADE)] if old else [])
     assert not old or files_of(out) == before
@@ -903,7 +907,7 @@ def test_foreign_folder_is_never_touched(base, tmp_path, name):
     for file in ("train.bin", "thesis.tex"):
         write(out.with_name(name) / file, b"years of work")
     file = write(tmp_path / "a.jsonl", jsonl(ONE_LINE))
-    done = run_script("prepare.py", file, "--out_dir", out, "--vocab_size", 500, "--val_fraction", 0.2, check=False)
+    done = script_here(prepare.main, "prepare.py", file, "--out_dir", out, "--vocab_size", 500, "--val_fraction", 0.2)
     for theirs in ("train.bin", "thesis.tex"):
         assert (out.with_name(name) / theirs).read_bytes() == b"years of work"
     if name == "out":
@@ -1042,7 +1046,7 @@ def assert_refused(tmp_path, *args, words=()):
     """One line with these words, and no folder, whole or begun."""
     before = names_in(tmp_path)
     options = [] if "--out_dir" in args else ["--out_dir", tmp_path / "out"]
-    done = run_script("prepare.py", *args, *options, check=False)
+    done = script_here(prepare.main, "prepare.py", *args, *options)
     assert_one_line_error(done, *words)
     assert names_in(tmp_path) == before
 
@@ -1069,7 +1073,7 @@ def test_missing_inputs(tmp_path):
 
 
 def test_out_dir_must_be_named(tmp_path):
-    done = run_script("prepare.py", write(tmp_path / "a.jsonl", GOOD), check=False)
+    done = script_here(prepare.main, "prepare.py", write(tmp_path / "a.jsonl", GOOD))
     assert_one_line_error(done, "--out_dir")
 
 
@@ -1082,7 +1086,7 @@ def test_bad_numbers(tmp_path, option, value):
     """The message names the option and the value, and says more than these."""
     path = write(tmp_path / "a.jsonl", GOOD)
     assert_refused(tmp_path, path, option, value, words=[option, value])
-    done = run_script("prepare.py", path, "--out_dir", tmp_path / "out", option, value, check=False)
+    done = script_here(prepare.main, "prepare.py", path, "--out_dir", tmp_path / "out", option, value)
     reason = done.stderr.replace(option, "").replace("error", "")
     assert len(re.findall("[a-z]{2,}", reason)) >= 3, "no reason is given"
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -511,7 +512,7 @@ def test_real_stories_are_learned(shared, tmp_path):
     run_script("prepare.py", shared / "zh_stories.jsonl", "--out_dir", tmp_path / "data", "--vocab_size", 4000,
                "--val_fraction", 0.05)  # fmt: skip
     shape = {"n_embd": 96, "head_dim": 24, "intermediate_size": 192, "block_size": 64, "batch_size": 16}
-    often = {"max_iters": 200, "learning_rate": 0.01, "eval_interval": 200, "save_interval": 200, "eval_sequences": 100}
+    often = {"max_iters": 100, "learning_rate": 0.01, "eval_interval": 100, "save_interval": 100, "eval_sequences": 100}
     run_script("train.py", *tiny(data_dir=tmp_path / "data", out_dir=tmp_path / "out", **shape, **often))
     tokens = np.fromfile(tmp_path / "data" / "val.bin", dtype="<u2")
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
@@ -808,17 +809,25 @@ def torchrun():
         return [a.format(port=s.getsockname()[1]) for a in TORCHRUN]
 
 
-def run_two(folder, code, *options, check=True):
-    """train.py as two processes, each of which runs `code` first."""
-    head = f"import json, os, signal, sys, time, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-    (folder / "two.py").write_text(f"{head}{code}\ntrain.report_errors(train.main)\n")
-    return run_script(*torchrun(), folder / "two.py", *options, check=check)
+def as_two(*args):
+    """`python ARGS` as two processes that know of each other; what torchrun does, without its time to start."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        first, second = pool.map(lambda rank: run_script(*args, **env | rank), ranks)
+    return first.stdout + second.stdout
+
+
+HEAD = f"import json, os, signal, sys, time, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+RUN = "\ntrain.report_errors(train.main)\n"
 
 
 def test_two_processes_train_as_one(tiny_data, tmp_path):
     """The same sequences, shared out; the loss, the gradient norm, the evaluation and the weights to rounding."""
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "eval_interval": 3}
-    run_two(tmp_path, RECORD.format(folder=tmp_path), *arguments(tiny_data, tmp_path / "two", **changes)[1:])
+    as_two("-c", HEAD + RECORD.format(folder=tmp_path) + RUN, *arguments(tiny_data, tmp_path / "two", **changes)[1:])
     one = []
 
     def loss(model, batch):
@@ -896,7 +905,8 @@ train.Muon.step = drifting
 def test_weights_that_differ_between_processes_are_noticed(tiny_data, tmp_path):
     """One weight of the second process drifts: no checkpoint is saved."""
     options = arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=2, optimizer="muon")[1:]
-    done = run_two(tmp_path, DRIFT, *options, check=False)
+    (tmp_path / "drift.py").write_text(HEAD + DRIFT + RUN)
+    done = run_script(*torchrun(), tmp_path / "drift.py", *options, check=False)
     errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # one or both say it
     assert len(errors) == 1 and "step 4: weights" in str(errors) and "differ between processes" in str(errors)
     assert "exitcode: 2" in done.stderr and "train.py" not in done.stderr  # of torchrun alone there is a traceback
@@ -926,12 +936,12 @@ def test_two_processes_end_after_the_same_step(code, tiny_data, tmp_path):
     """Though the clock of one runs three seconds ahead of the other's, or only one is signalled."""
     options = {"gradient_accumulation_steps": 2, "max_iters": 10**6, "save_interval": 10**7, "eval_interval": 10**7}
     options |= {"minutes": 0.1} if code == STARTS_LATE else {}
-    done = run_two(tmp_path, code, *arguments(tiny_data, tmp_path / "out", **options)[1:])
+    printed = as_two("-c", HEAD + code + RUN, *arguments(tiny_data, tmp_path / "out", **options)[1:])
     state = read_checkpoint(tmp_path / "out")
     if code == STARTS_LATE:
         assert state["seconds"] >= 6
     else:
-        assert state["step"] == 3 and "stopped and saved at step 3" in done.stdout
+        assert state["step"] == 3 and "stopped and saved at step 3" in printed
 
 
 # ---- Types and compilation -------------------------------------------------------------------------

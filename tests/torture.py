@@ -762,7 +762,7 @@ def part_hostile(ground, short):
     rows.append(("hostile checkpoints: code, bombs, impossible shapes and tokenizers", tried, "none did harm"))
 
     tried = 0
-    for name, path in hostile_stories(ground, folder, 1 << (26 if short else 30)):
+    for name, path in hostile_stories(ground, folder, 1 << (25 if short else 30)):
         before = files_in(folder.parent)
         into = ("--out_dir", folder / "none", "--workers", 1)
         harmless(Process("prepare.py", path, *into, "--tokenizer", ground.tokenizer), path.name)
@@ -1058,7 +1058,7 @@ def no_gradient(loss):
 
 
 def part_numbers(ground, short):
-    rng, rows, times = rng_of("numbers"), [], 2 if short else 20
+    rng, rows, times = rng_of("numbers"), [], 1 if short else 20
     for _ in range(times):
         out, at = ground.new("nan"), rng.randrange(2, 60)
         s = f"--data_dir={ground.data}", f"--out_dir={out}", *tiny(**OFTEN)
@@ -1072,7 +1072,7 @@ def part_numbers(ground, short):
         same_state(out / "ckpt_000060.pt", ground.out / "ckpt_000060.pt")
     rows.append(("a batch whose loss is NaN", times, "stopped when it is logged; resumed, the same bits"))
 
-    rates = [1e3, 1e6, 1e12, 1e18]
+    rates = [1e3, 1e18] if short else [1e3, 1e6, 1e12, 1e18]
     for rate in rates:
         for optimizer in ("muon", "adamw"):
             out = ground.new("rate")
