@@ -15,6 +15,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,11 @@ def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
     return logits, last, seen.scatter_(1, tokens, True), cache
 
 
+def round_up(length: int) -> int:
+    """The size of a KV cache for so many positions."""
+    return math.ceil(length / CACHE_STEP) * CACHE_STEP
+
+
 def compile_decode(model: GPT, cache: list, cuda_graph: bool):
     """The model compiled for decoding. On a CPU one program serves every size of the cache."""
     for keys_or_values in itertools.chain(*cache):
@@ -115,7 +121,7 @@ def generate(
     # CUDA graph ("reduce-overhead") launches them all at once. It needs tensors of fixed address and size, so its
     # cache has full size from the start. Elsewhere the cache grows: attention pays for empty positions too.
     cuda_graph = compile and model.embedding.weight.is_cuda
-    cache_size = math.ceil((end if cuda_graph else longest) / CACHE_STEP) * CACHE_STEP
+    cache_size = round_up(end if cuda_graph else longest)
     logits, last, seen, cache = prefill(model, prompts, cache_size)
     decode = compile_decode(model, cache, cuda_graph) if compile else model
     seen[:, end_token] = False  # every prompt begins with it; a story must be free to end
@@ -224,8 +230,25 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same stories")
     parser.add_argument("--compile", action="store_true", help="compile first: then one story at a time is faster")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     types = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="auto", choices=types, help="of the weights; auto: the fastest")
+
+
+def open_model(path: Path, args: argparse.Namespace) -> tuple[GPT, Any, str]:
+    """The model of a checkpoint on the device asked for, its tokenizer, its template (or ""). Raises UserError."""
+    device = choose_device(args.device)
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint, path).to(device, choose_dtype(args.dtype, device)).eval()
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{path} (tokenizer)")
+    if tokenizer.vocab_size() != model.config.vocab_size:
+        raise UserError(f"{path}: the tokenizer in it has not as many pieces as the model")
+    if template := checkpoint.get("template", ""):
+        template_tokens(template, tokenizer)  # raises UserError
+    return model, tokenizer, template
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -252,7 +275,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--best_of", type=int, default=1, metavar="N", help="sample N for each story, show the best")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_device_options(parser)
     parser.add_argument("--interactive", action="store_true", help="ask again and again; Enter skips, Ctrl-D ends")
     args = parser.parse_args()
     args.num = args.num if args.num is not None else 3 if args.best_of == 1 else 1
@@ -304,13 +327,7 @@ def ask(names: list[str]):
 def main() -> None:
     args = parse_arguments()
     options = sampling_options(args) | {"max_new_tokens": args.max_new_tokens}
-    device = choose_device(args.device)
-    checkpoint = read_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(device, choose_dtype(args.dtype, device)).eval()
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
-    if tokenizer.vocab_size() > model.config.vocab_size:
-        raise UserError(f"{args.ckpt}: the tokenizer in it has more pieces than the model")
-    template = checkpoint.get("template", "")
+    model, tokenizer, template = open_model(args.ckpt, args)
     if args.instruction and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
 

@@ -1,5 +1,7 @@
-"""The web page: stories as sample.py tells them, many visitors at once, none of whom can do harm; in a browser, too."""
+"""The server: the stories of sample.py by OpenAI's protocol, to a real client; many visitors at once, none of whom can
+do harm; the page, in a browser too."""
 
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -23,24 +25,43 @@ from conftest import ROOT, assert_one_line_error, run_script, script_here
 
 import sample
 import tools.serve
-from common.checkpoint import build_model, read_checkpoint
+from common.checkpoint import read_checkpoint
 from common.files import load_tokenizer
 from model import GPT, ModelConfig
-from stories.constraints import CONTROL_TOKENS, NAMES
+from stories.constraints import CONTROL_TOKENS, NAMES, write_constraints
 from stories.generate import FEATURES
 from stories.rewards import findings
-from tools.serve import CONNECTIONS, LARGEST, WAITING, Refusal, Sampler, read_stories
+from tools.serve import CONNECTIONS, LARGEST, WAITING, Server
+
+openai = pytest.importorskip("openai", reason="pip install openai: the client that these tests are made with")
 
 JSON = {"Content-Type": "application/json"}
-HEAD = b"POST /tell HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+TYPE = SimpleNamespace(device="cpu", dtype="float32")
+
+
+def client_of(server, **options):
+    return openai.OpenAI(base_url=f"{server.url}v1", api_key="none", max_retries=0, timeout=30, **options)
 
 
 @contextlib.contextmanager
 def serving(ckpt, *args, end=signal.SIGINT):
     """A server process, which must have nothing to complain of, and end well when told to."""
-    command = [sys.executable, "-m", "tools.serve", "--ckpt", ckpt, "--port", 0, "--device", "cpu", *args]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.serve",
+        "--ckpt",
+        ckpt,
+        "--port",
+        0,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, text=True,
+    process = subprocess.Popen([*map(str, (*command, *args))], cwd=ROOT, env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     log = []
     reader = threading.Thread(target=lambda: log.extend(process.stderr))  # or a full pipe would stop it
@@ -49,7 +70,8 @@ def serving(ckpt, *args, end=signal.SIGINT):
         said = process.stdout.readline()
         found = re.fullmatch(r"serving stories at (http://127\.0\.0\.1:(\d+)/) \(Ctrl-C ends it\)\n", said)
         assert found, (said, log)
-        yield SimpleNamespace(url=found[1], port=int(found[2]))
+        server = SimpleNamespace(url=found[1], port=int(found[2]))
+        yield SimpleNamespace(**vars(server), client=client_of(server))
         process.send_signal(end)
         assert process.wait(timeout=60) == 0
     finally:
@@ -57,10 +79,36 @@ def serving(ckpt, *args, end=signal.SIGINT):
         reader.join()
         process.stdout.close()
         process.stderr.close()
-    assert all(re.match(r'127\.0\.0\.1 - - \[.*\] ("|code \d+, message |Request timed out)', line) for line in log), log
+    assert log == [], "".join(log)
 
 
-def random_checkpoint(like, path, n_layer, template):
+@contextlib.contextmanager
+def serving_here(ckpt, per_minute=9999):
+    """A server in this process, which spares the seconds that PyTorch takes to start."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    args = SimpleNamespace(ckpt=ckpt, host="127.0.0.1", port=port, batch=8, per_minute=per_minute)
+    server, task = Server(*sample.open_model(ckpt, TYPE), args), None
+
+    async def run():
+        nonlocal task
+        task = asyncio.create_task(server.serve())
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    here = SimpleNamespace(url=f"http://127.0.0.1:{port}/", port=port)
+    for _ in range(600):
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.01)
+    yield SimpleNamespace(**vars(here), client=client_of(here))
+    task.get_loop().call_soon_threadsafe(task.cancel)
+    thread.join()
+
+
+def random_checkpoint(like, path, n_layer):
     """A model that has learned nothing, with the tokenizer of another: it never ends a story, for the likeliest
     tokens have logits above 0, and the end has 0."""
     torch.manual_seed(1)
@@ -71,7 +119,7 @@ def random_checkpoint(like, path, n_layer, template):
     with torch.no_grad():
         model.embedding.weight[load_tokenizer(state["tokenizer"], like).eos_id()] = 0
     state = {"model": model.state_dict(), "model_config": vars(config), "tokenizer": state["tokenizer"]}
-    torch.save(state | {"step": 1, "settings": {}} | ({"template": template} if template else {}), path)
+    torch.save(state | {"step": 1, "settings": {}}, path)
     return path
 
 
@@ -82,14 +130,23 @@ def tuned_server(tuned):
 
 
 @pytest.fixture(scope="module")
+def client(tuned_server):
+    return tuned_server.client
+
+
+@pytest.fixture(scope="module")
 def slow_server(pretrained, tmp_path_factory):
-    """Two stories at once, each of some thousand tokens and more milliseconds."""
-    path = random_checkpoint(pretrained, tmp_path_factory.mktemp("slow") / "ckpt_000001.pt", 60, None)
+    """Two stories at once, each of some thousand tokens and more milliseconds. It is ended in the middle of one."""
+    path = random_checkpoint(pretrained, tmp_path_factory.mktemp("slow") / "ckpt_000001.pt", 60)
     with serving(path, "--per_minute", 9999, "--batch", 2, end=signal.SIGTERM) as server:
         yield server
+        visitor = Listener(server, prompt="从前")
+        assert visitor.text() and visitor.text()
+    assert b"[DONE]" not in visitor.file.read()
+    visitor.leave()
 
 
-def request(server, method="POST", path="/tell", body=None, headers=None):
+def request(server, method="POST", path="/v1/completions", body=None, headers=None):
     """Status, headers and body of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     with contextlib.closing(connection):
@@ -98,254 +155,468 @@ def request(server, method="POST", path="/tell", body=None, headers=None):
         return answer.status, answer.headers, answer.read()
 
 
-def ask(server, **asked):
-    """All that is said in answer to a request: a list of JSON objects."""
-    status, headers, body = request(server, body=json.dumps(asked), headers=JSON)
-    assert status == 200 and headers.get_content_type() == "application/x-ndjson", body
-    return list(map(json.loads, body.splitlines()))
-
-
-def text_of(said):
-    return "".join(line.get("text", "") for line in said)
-
-
 class Listener:
-    """A visitor who reads line by line, and may leave at any time."""
+    """A visitor who reads an answer line by line, and may leave at any time."""
 
     def __init__(self, server, **asked):
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-        body = json.dumps(asked).encode()
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        body = json.dumps({"stream": True} | asked).encode()
         self.socket.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         self.file = self.socket.makefile("rb")
-        self.status = int(self.file.readline().split()[1])
-        self.headers = http.client.parse_headers(self.file)
+        if asked.get("stream", True):
+            self.status = int(self.file.readline().split()[1])
+            self.headers = http.client.parse_headers(self.file)
 
-    def until(self, key):
-        """The next line that says `key`; None if the story ends before."""
-        return next((said[key] for line in self.file if key in (said := json.loads(line))), None)
+    def text(self):
+        """The next piece of the story."""
+        line = next(line for line in self.file if line.startswith(b"data: {"))
+        return json.loads(line[6:])["choices"][0]["text"]
 
-    def has_ended(self):
-        """Whether the last line is among what has come so far; nothing can be read after this."""
-        rest = self.file.peek()
-        self.socket.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            rest += self.socket.recv(1 << 20)
-        return b'"end"' in rest
+    def ahead(self):
+        """How many wait before this one, by the next comment."""
+        return next(json.loads(line[2:])["ahead"] for line in self.file if line.startswith(b": {"))
 
     def leave(self):
         self.file.close()
         self.socket.close()
 
 
+def complete(client, create=None, **asked):
+    """The answer to a request, with keys that are not OpenAI's among the others."""
+    extra = {key: asked.pop(key) for key in NAMES.values() if key in asked}
+    extra |= {key: asked.pop(key) for key in ("best_of",) if create and key in asked}
+    named = {"model": "any"} | ({} if create else {"prompt": ""})
+    return (create or client.completions.create)(**named | asked, extra_body=extra)
+
+
+def joined(stream):
+    """The texts, seeds and ends of a stream's choices by index; what there is beside them."""
+    texts, ends, others = {}, {}, []
+    for chunk in stream:
+        others += [] if chunk.choices else [chunk]
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            assert choice.index not in ends and (choice.text or choice.finish_reason)
+            if choice.finish_reason:
+                ends[choice.index] = choice
+    return texts, ends, others
+
+
 # ---- Stories ---------------------------------------------------------------------------------------
 
 REQUESTS = [
     {"words": "铲子，草地", "seed": 7},
-    {"words": "帽子、消防员", "features": "对话, 转折", "temperature": 0.5, "seed": 8},
+    {"words": ["帽子", "消防员"], "features": ["对话", "转折"], "temperature": 0.5, "seed": 8},
     {"summary": "小猴拿着铜盆\n去湖边捞月亮。", "sentence": "它笑了。", "temperature": 1.3, "top_p": 0.8, "seed": 9},
-    {"temperature": 0, "features": "对话"},
-    {"top_p": 0.01, "temperature": 2, "words": "a \u3000 b"},
-    {"prompt": " 从前\r\n有一只🐰 ", "words": "森林", "seed": 2**53},
+    {"temperature": 0, "features": "对话", "seed": 0},
+    {"top_p": 0.01, "temperature": 2, "words": "a \u3000 b", "seed": 0},
+    {"prompt": [" 从前\r\n有一只🐰 "], "words": "森林", "seed": 2**53},
     {"prompt": "从前", "temperature": 1, "top_p": 1, "seed": 0},
-    {},
+    {"seed": 0},
 ]
 
 
-def told_by_sample(ckpt, seed=0, **asked):
-    options = {"num": 1, "max_new_tokens": 100_000, "device": "cpu"} | asked
-    args = [f"--{key}={value}" for key, value in options.items()]
-    done = script_here(sample.main, "sample.py", "--ckpt", ckpt, "--seed", seed, *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.removesuffix("\n")
+def sampled(ckpt, max_tokens=100_000, **asked):
+    """What sample.py has for a request: how the story begins, and all of it."""
+    model, tokenizer, template = sample.open_model(ckpt, TYPE)
+    texts = {key: "，".join(value) if isinstance(value, list) else value for key, value in asked.items()}
+    instruction = write_constraints({name: texts.get(key, "") for name, key in NAMES.items()})
+    prompt = sample.encode_prompt(tokenizer, template, instruction, texts.get("prompt", ""))
+    options = {key: asked[key] for key in ("temperature", "top_p", "seed") if key in asked}
+    (story,) = sample.generate_text(model, tokenizer, prompt, 1, max_new_tokens=max_tokens, **options)
+    return tokenizer.decode(prompt[sample.story_start(tokenizer, prompt) :]), story
 
 
-def test_the_stories_of_sample_py_alone_and_in_company(tuned, tuned_server):
-    """A seed's story is the one sample.py tells with it: asked for alone, and by twelve at once with other settings.
+def test_the_stories_of_sample_py_alone_and_in_company(tuned, client):
+    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by twelve clients
+    at once with other settings.
 
     Products of matrices with more rows are rounded differently, and this model of few steps finds many tokens all but
     equally likely: in company a story may turn another way at some point."""
-    expected = [told_by_sample(tuned, **asked) for asked in REQUESTS]
-    assert len(set(expected)) == len(expected)
-    for asked, story in zip(REQUESTS, expected, strict=True):
-        said = ask(tuned_server, **{"seed": 0} | asked)
-        assert text_of(said) == story
-        assert said[0] == {"seed": asked.get("seed", 0)} and said[1] == {"ahead": 0}
-        assert said[-1] in ({"end": "end"}, {"end": "full"}) and all(len(line) == 1 for line in said)
+    expected = [sampled(tuned, **asked) for asked in REQUESTS]
+    assert len({story for _, story in expected}) == len(expected)
+    for asked, (opening, story) in zip(REQUESTS, expected, strict=True):
+        answer = complete(client, **asked)
+        (choice,) = answer.choices
+        assert opening + choice.text == story and choice.seed == asked["seed"]
+        assert answer.object == "text_completion" and answer.model == tuned.name and answer.id.startswith("cmpl-")
+        assert choice.finish_reason in ("stop", "length") and answer.usage.completion_tokens > 1
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        texts, ends, others = joined(complete(client, **asked, stream=True))
+        assert texts == {0: choice.text} and ends[0].finish_reason == choice.finish_reason and not others
     many = list(itertools.islice(itertools.cycle(range(len(REQUESTS))), 12))
     with ThreadPoolExecutor(12) as pool:
-        told = list(pool.map(lambda i: text_of(ask(tuned_server, **{"seed": 0} | REQUESTS[i])), many))
-    assert sum(story == expected[i] for story, i in zip(told, many, strict=True)) >= 9
-    assert all(story[:12] == expected[i][:12] for story, i in zip(told, many, strict=True))
+        told = list(pool.map(lambda i: expected[i][0] + complete(client, **REQUESTS[i]).choices[0].text, many))
+    assert sum(story == expected[i][1] for story, i in zip(told, many, strict=True)) >= 9
+    assert all(story[:12] == expected[i][1][:12] for story, i in zip(told, many, strict=True))
 
 
-def test_another_seed_each_time(tuned_server):
-    first, second = (ask(tuned_server, words="森林") for _ in "ab")
-    assert first[0] != second[0] and text_of(first) != text_of(second)
-    assert text_of(ask(tuned_server, words="森林", **first[0])) == text_of(first)
+def test_another_seed_each_time(client):
+    first, second = (complete(client, words="森林").choices[0] for _ in "ab")
+    assert first.seed != second.seed and first.text != second.text
+    assert complete(client, words="森林", seed=first.seed).choices[0].text == first.text
 
 
-def test_the_best_of_several(tuned_server):
-    """Its story is one of those that the seeds give one by one, and none of them has more of what was asked for."""
-    asked = {"words": "森林，小鸟", "features": "对话"}
-    said = ask(tuned_server, best_of=4, seed=5, **asked)
-    alone = {seed: text_of(ask(tuned_server, seed=seed, **asked)) for seed in range(5, 9)}
-    (met,) = [line for line in said if "met" in line]
-    assert said[0] == {"seed": 5} and met["seed"] in alone and said[-1] in ({"end": "end"}, {"end": "full"})
-    assert text_of(said)[:12] == alone[met["seed"]][:12]  # in company a story may turn another way (see above)
-    assert met["met"] == findings({"词汇": asked["words"], "特点": "对话"}, text_of(said))
-    for bad in ({"best_of": 0}, {"best_of": 9}, {"best_of": True}, {"best_of": 2.5}):
-        status, _, body = request(tuned_server, body=json.dumps(asked | bad), headers=JSON)
-        assert status == 400 and b"best_of" in body
-    status, _, body = request(tuned_server, body=json.dumps({"best_of": 2, "summary": "小猴捞月亮。"}), headers=JSON)
-    assert status == 400 and "Nothing to choose by" in json.loads(body)["en"]
+def test_several_choices(client):
+    """Choice i is the story of the seed plus i; in a stream each piece says whose it is."""
+    alone = [complete(client, words="森林", seed=seed, max_tokens=40).choices[0].text for seed in range(5, 13)]
+    answer = complete(client, words="森林", seed=5, n=8, max_tokens=40)
+    assert [choice.index for choice in answer.choices] == list(range(8))
+    assert [choice.seed for choice in answer.choices] == list(range(5, 13))
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    texts, ends, (last,) = joined(complete(client, words="森林", seed=5, n=8, max_tokens=40, **options))
+    assert [texts[i] for i in range(8)] == [choice.text for choice in answer.choices]
+    assert {i: end.seed for i, end in ends.items()} == {i: 5 + i for i in range(8)}
+    assert all(texts[i][:8] == alone[i][:8] for i in range(8))  # in company a story may turn another way
+    assert last.usage == answer.usage and answer.usage.completion_tokens <= 8 * 40
+
+
+def test_the_best_of_several(tuned, client):
+    """Each choice is one of the stories that its seeds give, with what it has of what was asked for."""
+    asked = {"words": "森林，小鸟", "features": "对话", "seed": 5, "best_of": 4, "n": 2}
+    answer = complete(client, **asked)
+    texts, ends, _ = joined(complete(client, **asked, stream=True))
+    for choice, seeds in zip(answer.choices, (range(5, 9), range(9, 13)), strict=True):
+        alone = {
+            seed: complete(client, **asked | {"seed": seed, "best_of": 1, "n": 1}).choices[0].text for seed in seeds
+        }
+        assert choice.text[:12] == alone[choice.seed][:12]  # in company a story may turn another way (see above)
+        assert choice.met == findings({"词汇": asked["words"], "特点": "对话"}, choice.text)
+        end = ends[choice.index]
+        assert (texts[choice.index], end.seed, end.met) == (choice.text, choice.seed, choice.met)
+    for bad in ({"best_of": 5}, {"best_of": 9, "n": 1}, {"best_of": 0}, {"n": 9, "best_of": 1}):
+        with pytest.raises(openai.BadRequestError, match=r"best_of|'n'"):
+            complete(client, **asked | bad)
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, summary="小猴捞月亮。", best_of=2)
+    assert refused.value.param == "best_of" and "chooses by" in refused.value.body["message"]
+
+
+def server_without_model(tuned):
+    """As much of a server as reading a request needs."""
+    checkpoint = read_checkpoint(tuned)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], "")
+    return SimpleNamespace(tokenizer=tokenizer, template=checkpoint["template"], length=256, device="cpu")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_best_is_the_one_with_most_of_what_was_asked_for(stream, tuned):
+    """Of two times three stories, written here, the better one; a choice is sent when its last story has ended."""
+    server = server_without_model(tuned)
+    asked = {"words": ["森林", "小鸟"], "features": "对话", "best_of": 3, "n": 2, "seed": 40, "stream": stream}
+    asked["prompt"] = "从前，森林里"
+    request = tools.serve.Request(json.dumps(asked).encode(), False, server)
+    texts = ["有一只小猫。", "有一只小鸟说：“你好。”", "有一只小鸟。", "下雨了。", "小猫说：“你好。”", "没有人。"]
+    for i, (story, text) in enumerate(zip(request.stories, texts, strict=True)):
+        for token in [*server.tokenizer.encode(text), server.tokenizer.eos_id()]:
+            assert request.choices.qsize() == i // 3
+            story.add(token)
+    first, second = request.choices.get_nowait(), request.choices.get_nowait()
+    assert request.choices.empty() and first["finish_reason"] == second["finish_reason"] == "stop"
+    assert (first["index"], first["seed"], first["text"]) == (0, 41, texts[1])
+    assert (second["index"], second["seed"], second["text"]) == (1, 44, texts[4])
+    assert first["met"] == {"missing": [], "dialogue": True}
+    assert second["met"] == {"missing": ["小鸟"], "dialogue": True}
+
+
+def test_stop_strings(tuned, client):
+    """A story ends before the first of them, which may lie across tokens; what only begins like one is sent."""
+    asked = {"words": "铲子，草地", "seed": 7}
+    story = complete(client, **asked).choices[0].text
+    for i in range(3, 30, 4):
+        stop = [story[i : i + 3], story[i + 8 : i + 12], "㍿"]
+        cut = min(story.index(text) for text in stop[:2])
+        answer = complete(client, **asked, stop=stop)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (story[:cut], "stop")
+        assert answer.usage.completion_tokens <= i + 4
+        texts, ends, _ = joined(complete(client, **asked, stop=stop, stream=True))
+        assert texts == {0: story[:cut]} and ends[0].finish_reason == "stop"
+    texts, _, _ = joined(complete(client, **asked, stop=[story[9:12] + "㍿", story[-2:] + "㍿", ""], stream=True))
+    assert texts == {0: story}
+    assert complete(client, **asked, stop=story[0]).choices[0].text == ""
+
+
+def test_max_tokens(tuned, client):
+    asked = {"words": "铲子，草地", "seed": 7}
+    opening, story = sampled(tuned, max_tokens=5, **asked)
+    both = {"max_tokens": 5, "extra_body": {"words": asked["words"], "max_completion_tokens": 9}}
+    answer = client.completions.create(model="any", prompt="", seed=7, **both)
+    assert opening + answer.choices[0].text == story and answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 5
+    assert complete(client, **asked, max_tokens=2**53).choices[0].text == complete(client, **asked).choices[0].text
+
+
+def test_chat(tuned, client):
+    """The message is the instruction, as text or in parts; constraints and the other keys work as in completions."""
+    text = write_constraints({"词汇": "铲子，草地", "特点": "对话"})
+    expected = complete(client, words="铲子，草地", features="对话", seed=7, max_tokens=60)
+    create = client.chat.completions.create
+    parts = [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}]
+    for content, more in ((text, {}), (parts, {}), (text.split("\n")[0], {"features": "对话"})):
+        messages = [{"role": "user", "content": content}]
+        answer = complete(client, create, messages=messages, seed=7, max_completion_tokens=60, **more)
+        assert type(answer).model_validate(answer.model_dump()).object == "chat.completion"
+        (choice,) = answer.choices
+        assert (choice.message.role, choice.message.content) == ("assistant", expected.choices[0].text)
+        assert choice.finish_reason == expected.choices[0].finish_reason and answer.usage == expected.usage
+    usage = {"include_usage": True}
+    chunks = list(complete(client, create, messages=messages, seed=7, max_tokens=60, stream=True, stream_options=usage,
+                           features="对话"))  # fmt: skip
+    assert {type(chunk).model_validate(chunk.model_dump()).object for chunk in chunks} == {"chat.completion.chunk"}
+    deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.content for delta in deltas) == expected.choices[0].text
+    assert not chunks[-1].choices and chunks[-1].usage == expected.usage
+    best = complete(client, create, messages=[{"role": "user", "content": text}], seed=7, best_of=2).choices[0]
+    assert best.seed in (7, 8) and set(best.met) == {"missing", "dialogue"}
+
+
+USER = {"role": "user", "content": "词汇：铲子"}
+CHATS = [None, [], USER, [USER, USER], [{"role": "system", "content": "a"}, USER], [USER | {"role": "system"}],
+         [{"role": "user"}], [USER | {"content": None}], [USER | {"content": [{"type": "image_url"}]}], ["a"], "a",
+         [USER | {"content": [{"type": "text", "text": 7}]}], [USER | {"content": ["a"]}], {"a": 1}]  # fmt: skip
+
+
+def test_chats_that_are_refused(tuned_server):
+    for messages in CHATS:
+        body = json.dumps({"messages": messages})
+        assert_refused(request(tuned_server, path="/v1/chat/completions", body=body, headers=JSON), 400, "turns")
+    with pytest.raises(openai.BadRequestError) as refused:
+        tuned_server.client.chat.completions.create(model="any", messages=[USER, USER])
+    assert refused.value.param == "messages" and refused.value.type == "invalid_request_error"
+
+
+def test_models(tuned, client):
+    (model,) = client.models.list()
+    assert (model.id, model.object) == (tuned.name, "model")
 
 
 def test_whole_characters(pretrained, tmp_path):
     """A model that says bytes at random: no piece ends inside a character, and the story is sample.py's."""
-    path = random_checkpoint(pretrained, tmp_path / "ckpt_000001.pt", 1, None)
-    with serving(path) as server:
-        said = ask(server, prompt="🐰", seed=3, temperature=2, top_p=1)
-        assert text_of(said) == told_by_sample(path, prompt="🐰", seed=3, temperature=2, top_p=1)
-    pieces = [line["text"] for line in said if "text" in line]
-    assert said[-1] == {"end": "full"} and len(pieces) > 300 and any("\ufffd" in piece for piece in pieces)
-    assert not any(piece.endswith("\ufffd") or not piece for piece in pieces)
+    path = random_checkpoint(pretrained, tmp_path / "ckpt_000001.pt", 1)
+    asked = {"prompt": "🐰", "seed": 3, "temperature": 2, "top_p": 1}
+    opening, story = sampled(path, **asked)
+    with serving_here(path) as server:
+        pieces = [chunk.choices[0] for chunk in complete(server.client, **asked, stream=True)]
+        cut = [complete(server.client, **asked, max_tokens=n).choices[0].text for n in range(1, 20)]
+        with pytest.raises(openai.BadRequestError, match="only continues"):
+            complete(server.client, words="铲子")
+        with pytest.raises(openai.BadRequestError, match="only continues"):
+            server.client.chat.completions.create(model="any", messages=[USER])
+    texts = [piece.text for piece in pieces]
+    assert opening + "".join(texts) == story and pieces[-1].finish_reason == "length"
+    assert len(texts) > 300 and any("\ufffd" in text for text in texts)
+    assert not any(text.endswith("\ufffd") for text in texts) and all(texts[:-1])
+    assert all(story[1:].startswith(text) and not text.endswith("\ufffd") for text in cut)
 
 
 def test_the_queue(slow_server):
-    """Two are told at once, the third waits and knows; one who leaves makes room, wherever he was."""
+    """Two are generated at once, the third waits and knows; one who leaves makes room, wherever he was."""
     first, second = (Listener(slow_server, prompt="从前") for _ in "ab")
-    assert first.until("text").startswith("从前") and second.until("text").startswith("从前")
+    assert first.text() and second.text()
     third, fourth, fifth = (Listener(slow_server, prompt="从前") for _ in "abc")
-    assert [visitor.until("ahead") for visitor in (third, fourth, fifth)] == [0, 1, 2]
-    third.leave()  # found out within two of the lines sent each second
-    ahead = 2
-    while ahead == 2:
-        ahead = fifth.until("ahead")
+    assert [visitor.ahead() for visitor in (third, fourth, fifth)] == [0, 1, 2]
+    third.leave()  # found out within two of the comments, of which there is one a second
+    while (ahead := fifth.ahead()) == 2:
+        pass
     assert ahead == 1
     second.leave()
-    assert fourth.until("text") is not None and not first.has_ended()
+    assert fourth.text()
     first.leave()
-    assert fifth.until("text") is not None
+    assert fifth.text()
     fourth.leave()
     fifth.leave()
 
 
-def test_a_full_queue(slow_server):
-    visitors = []
-    while len(visitors) < WAITING + 12:  # those of the last test may leave only now
-        visitors.append(Listener(slow_server, prompt="从前"))
-        if visitors[-1].status == 503:
-            break
-        assert visitors[-1].status == 200
-    refused = visitors[-1]
-    assert refused.status == 503 and int(refused.headers["Retry-After"]) > 0
-    assert set(json.loads(refused.file.read())) == {"zh", "en"}
-    for visitor in visitors:
+def test_a_visitor_who_leaves_without_a_stream(slow_server):
+    """His stories are stopped, too: the next one need not wait for their end."""
+    begun = time.monotonic()
+    complete(slow_server.client, prompt="从前", max_tokens=50)
+    took = time.monotonic() - begun
+    gone = [Listener(slow_server, prompt="从前", max_tokens=500, stream=False) for _ in "abcd"]
+    time.sleep(took / 10)
+    for visitor in gone:
         visitor.leave()
-    again = Listener(slow_server, prompt="小猫")
-    while again.status == 503:
-        again = Listener(slow_server, prompt="小猫")
-    assert again.until("text") is not None
+    begun = time.monotonic()
+    complete(slow_server.client, prompt="从前", max_tokens=1)
+    assert time.monotonic() - begun < 5 * took  # their stories would take twenty times as long as the one
+
+
+def test_a_client_that_disconnects_in_mid_stream(slow_server):
+    streams = [slow_server.client.completions.create(model="any", prompt="从前", stream=True) for _ in "ab"]
+    for stream in streams:
+        next(stream)
+    streams[0].close()
+    assert complete(slow_server.client, prompt="小猫", max_tokens=3).usage.completion_tokens == 3
+    assert next(streams[1]).choices[0].finish_reason is None  # which still goes on
+    streams[1].close()
+
+
+def test_a_full_queue(slow_server):
+    with contextlib.ExitStack() as stack:
+
+        def visit():
+            visitors.append(Listener(slow_server, prompt="从前"))
+            stack.callback(visitors[-1].leave)
+            return visitors[-1]
+
+        visitors = []
+        while visit().status == 200:
+            assert len(visitors) < WAITING + 12  # those of the last test may leave only now
+        assert visitors[0].text() and visitors[1].text()  # these have left the queue
+        while (last := visit()).status == 200:
+            pass
+        assert last.status == 503 and int(last.headers["Retry-After"]) > 0
+        with pytest.raises(openai.InternalServerError) as refused:
+            complete(slow_server.client, prompt="从前")
+        assert refused.value.status_code == 503 and "waiting" in refused.value.body["message"]
+    while (again := Listener(slow_server, prompt="小猫")).status == 503:
+        again.leave()
+    assert again.text()
     again.leave()
 
 
-# ---- Refusals: a status, and a sentence in two languages -------------------------------------------
+# ---- Refusals: a status, and an error of OpenAI's form ---------------------------------------------
 
 
-def assert_refused(answer, status, word):
+def assert_refused(answer, status, word, param=None):
     assert answer[0] == status, answer
-    sentence = json.loads(answer[2])
-    assert set(sentence) == {"zh", "en"} and sentence["zh"].endswith("。") and sentence["en"].endswith(".")
-    assert word in sentence["zh"] + sentence["en"]
+    error = json.loads(answer[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"].endswith(".")
+    assert word in error["message"] and error["type"] and (param is None or error["param"] == param)
+
+
+NOT_SUPPORTED = [
+    {"logprobs": 3}, {"logprobs": 0}, {"logprobs": True}, {"top_logprobs": 2}, {"echo": True}, {"suffix": "x"},
+    {"logit_bias": {"5": 1}}, {"presence_penalty": 0.5}, {"frequency_penalty": -1}, {"tools": [{}]}, {"top_k": 5},
+    {"response_format": {"type": "json_object"}}, {"stream_options": {"other": True}}, {"word": "铲子"}, {"": 1},
+    {"<img src=x>": 1}, {"🐰": 1}, {"messages": [USER]}, {"functions": [1]},
+]  # fmt: skip
+
+
+def test_what_is_not_supported_is_refused_by_name(tuned_server):
+    for asked in NOT_SUPPORTED:
+        (key,) = asked.get("stream_options", asked)
+        answer = request(tuned_server, body=json.dumps({"words": "铲子"} | asked), headers=JSON)
+        assert_refused(answer, 400, f"{key}' is not supported")
+        assert json.loads(answer[2])["error"]["param"].endswith(key)
+    with pytest.raises(openai.BadRequestError) as refused:
+        tuned_server.client.completions.create(model="any", prompt="", logprobs=1)
+    assert refused.value.param == "logprobs"
+
+
+def test_what_clients_send_unasked_is_accepted(client):
+    """It changes nothing, and null is as good as nothing."""
+    usual = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "presence_penalty": 0,
+             "stream": False, "frequency_penalty": 0.0, "logit_bias": {}, "stop": None, "user": "someone"}  # fmt: skip
+    extra = {"words": "铲子", "summary": None, "tools": []}
+    answer = client.completions.create(model="any", prompt="", seed=7, max_tokens=9, **usual, extra_body=extra)
+    assert answer.choices[0].text == complete(client, words="铲子", seed=7, max_tokens=9).choices[0].text
 
 
 BAD_BODIES = [
     ("", "JSON"),
     ("{", "JSON"),
     ("[" * 9000, "JSON"),
+    ('{"logit_bias": ' + "[" * 900 + "]" * 900 + "}", "logit_bias"),
     ('["words"]', "JSON"),
     ("7", "JSON"),
-    ("\ufeff{}", "JSON"),
+    ("null", "JSON"),
+    ('{"stream_options": 7}', "stream_options"),
     ('{"words": "铲子"}'.encode("gbk"), "JSON"),
     ('{"seed": ' + "9" * 5000 + "}", "JSON"),
-    ('{"words": ["铲子"]}', "words"),
-    ('{"summary": null}', "summary"),
+    ('{"words": {"a": "铲子"}}', "words"),
+    ('{"words": ["铲子", 7]}', "words"),
+    ('{"words": ' + json.dumps(["a"] * 100) + "}", "words"),
+    ('{"summary": ["a", "b"]}', "summary"),
     ('{"prompt": 7}', "prompt"),
-    ('{"word": "铲子"}', "word"),
-    ('{"<img src=x>": 1}', "<img src=x>"),
+    ('{"prompt": [7, 8]}', "prompt"),
+    ('{"prompt": ["从前", "小猫"]}', "prompt"),
+    ('{"stop": ["1", "2", "3", "4", "5"]}', "stop"),
+    ('{"stop": [["1"]]}', "stop"),
+    ('{"model": 7}', "model"),
+    ('{"stream": 1}', "stream"),
+    ('{"stream_options": {"include_usage": "yes"}}', "include_usage"),
     ('{"temperature": "hot"}', "temperature"),
     ('{"temperature": true}', "temperature"),
     ('{"temperature": -0.1}', "temperature"),
     ('{"temperature": 1e999}', "temperature"),
     ('{"temperature": NaN}', "temperature"),
+    ('{"temperature": [1]}', "temperature"),
     ('{"top_p": 0}', "top_p"),
     ('{"top_p": 1.01}', "top_p"),
     ('{"seed": -1}', "seed"),
     ('{"seed": 1.5}', "seed"),
     ('{"seed": 9007199254740993}', "seed"),
-    ('{"words": "\\ud800"}', "half"),
-    ('{"prompt": "\\ud800"}', "half"),
+    ('{"max_tokens": 0}', "max_tokens"),
+    ('{"max_tokens": 1e9}', "max_tokens"),
+    ('{"n": true}', "n"),
+    ('{"n": 9}', "n"),
+    ('{"words": "\\ud800"}', "JSON"),
+    ('{"\\ud800": 1}', "JSON"),
     (json.dumps({"summary": "很" * 400}), "255"),
     (json.dumps({"prompt": "🐰" * 100}), "255"),
 ]
 
 
-@pytest.mark.parametrize(("body", "word"), BAD_BODIES, ids=range(len(BAD_BODIES)))
-def test_bad_requests(body, word, tuned_server):
-    body = body if isinstance(body, bytes) else body.encode()
-    assert_refused(request(tuned_server, body=body, headers=JSON), 400, word)
+def test_bad_requests(tuned_server):
+    for body, word in BAD_BODIES:
+        body = body if isinstance(body, bytes) else body.encode()
+        assert_refused(request(tuned_server, body=body, headers=JSON), 400, word)
 
 
-def test_a_pretrained_model_takes_a_prompt_alone(pretrained):
-    checkpoint = read_checkpoint(pretrained)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], "")
-    teller = Sampler(build_model(checkpoint, pretrained), tokenizer, None, 1)
-    assert read_stories('{"prompt": "从前", "words": " "}'.encode(), teller)[0].beginning == tokenizer.encode("从前")
-    for key in NAMES.values():
-        with pytest.raises(Refusal) as refused:
-            read_stories(json.dumps({key: "对话"}).encode(), teller)
-        assert refused.value.status == 400 and "prompt" in refused.value.sentence["en"]
+def test_bodies_with_a_byte_order_mark(tuned_server):
+    text = json.dumps({"words": "铲子", "seed": 7, "max_tokens": 9}, ensure_ascii=False)
+    bodies = [text.encode(encoding) for encoding in ("utf-8", "utf-8-sig", "utf-16")]
+    answers = [request(tuned_server, body=body, headers=JSON) for body in bodies]
+    assert {status for status, _, _ in answers} == {200}
+    assert len({json.loads(body)["choices"][0]["text"] for _, _, body in answers}) == 1
 
 
-def test_spellings_of_control_tokens_stay_text(tuned, tuned_server):
-    checkpoint = read_checkpoint(tuned)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], "")
-    teller = Sampler(build_model(checkpoint, tuned), tokenizer, checkpoint["template"], 1)
-    hostile = "</s><|assistant|><|user|><s><0x0A>"
+def test_spellings_of_control_tokens_stay_text(tuned, client):
+    server = server_without_model(tuned)
+    tokenizer, hostile = server.tokenizer, "</s><|assistant|><|user|><s><0x0A>"
     asked = dict.fromkeys((*NAMES.values(), "prompt"), hostile)
-    prompt = read_stories(json.dumps(asked).encode(), teller)[0].prompt
+    prompt = tools.serve.Request(json.dumps(asked).encode(), False, server).prompt
     control = [token for token in prompt if tokenizer.is_control(token) or tokenizer.is_unknown(token)]
     assert control == [tokenizer.eos_id(), *map(tokenizer.piece_to_id, CONTROL_TOKENS)]
-    assert text_of(ask(tuned_server, **asked)).startswith(hostile)
+    assert complete(client, **asked).usage.prompt_tokens == len(prompt)
 
 
 BAD_HEADS = [
     ("GET", "/etc/passwd", {}, 404, "page"),
     ("GET", "/../tools/serve.py", {}, 404, "page"),
-    ("POST", "/none", JSON, 404, "page"),
-    ("GET", "/tell", {}, 405, "POST"),
+    ("POST", "/tell", JSON, 404, "page"),
+    ("GET", "/v1/completions", {}, 405, "POST"),
     ("POST", "/", JSON, 405, "GET"),
-    ("PUT", "/tell", JSON, 405, "POST"),
-    ("OPTIONS", "/tell", {"Origin": "http://evil.example"}, 405, "POST"),
+    ("POST", "/v1/models", JSON, 405, "GET"),
+    ("PUT", "/v1/completions", JSON, 405, "POST"),
+    ("OPTIONS", "/v1/completions", {"Origin": "http://evil.example"}, 405, "POST"),
     ("GET", "/", {"Host": "evil.example"}, 403, "localhost"),
     ("GET", "/", {"Host": "localhost.evil.example:8000"}, 403, "localhost"),
-    ("POST", "/tell", JSON | {"Host": "evil.example:8000"}, 403, "localhost"),
-    ("POST", "/tell", {"Content-Type": "text/plain"}, 415, "application/json"),
-    ("POST", "/tell", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "application/json"),
-    ("POST", "/tell", {}, 415, "application/json"),
-    ("POST", "/tell", JSON | {"Content-Length": "-1"}, 411, "Content-Length"),
-    ("POST", "/tell", JSON | {"Content-Length": "²"}, 411, "Content-Length"),
-    ("POST", "/tell", JSON | {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
-    ("POST", "/tell", JSON | {"Content-Length": "9" * 5000}, 413, str(LARGEST)),
+    ("GET", "/v1/models", {"Host": "evil.example"}, 403, "localhost"),
+    ("POST", "/v1/completions", JSON | {"Host": "evil.example:8000"}, 403, "localhost"),
+    ("POST", "/v1/completions", {"Content-Type": "text/plain"}, 415, "application/json"),
+    ("POST", "/v1/chat/completions", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "application/json"),
+    ("POST", "/v1/completions", {}, 415, "application/json"),
+    ("POST", "/v1/completions", JSON | {"Content-Length": "-1"}, 411, "Content-Length"),
+    ("POST", "/v1/completions", JSON | {"Content-Length": "²"}, 411, "Content-Length"),
+    ("POST", "/v1/completions", JSON | {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
+    ("POST", "/v1/completions", JSON | {"Content-Length": "9" * 5000}, 413, str(LARGEST)),
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "headers", "status", "word"), BAD_HEADS, ids=range(len(BAD_HEADS)))
-def test_refused_by_its_head(method, path, headers, status, word, tuned_server):
-    answer = request(tuned_server, method, path, None, headers)
-    assert_refused(answer, status, word)
-    assert answer[1]["X-Content-Type-Options"] == "nosniff"
-    assert status != 405 or answer[1]["Allow"] == ("POST" if path == "/tell" else "GET, HEAD")
+def test_refused_by_the_head(tuned_server):
+    for method, path, headers, status, word in BAD_HEADS:
+        answer = request(tuned_server, method, path, None, headers)
+        assert_refused(answer, status, word)
+        assert answer[1]["X-Content-Type-Options"] == "nosniff"
+        assert status != 405 or answer[1]["Allow"] == word
+    with pytest.raises(openai.PermissionDeniedError):
+        client_of(tuned_server, default_headers={"Host": "evil.example"}).models.list()
+    with pytest.raises(openai.NotFoundError):
+        tuned_server.client.embeddings.create(model="any", input="a")
+    assert request(tuned_server, body="{}", headers={"content-TYPE": "Application/JSON; charset=utf-8"})[0] == 200
 
 
 @pytest.mark.parametrize("sent", [b"FLY / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"GET /" + b"a" * 70_000, b""])
@@ -355,15 +626,18 @@ def test_what_is_no_request(sent, tuned_server):
         connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):  # what was sent may not have been read to its end
             answer = connection.makefile("rb").read()
-            assert b"<" not in answer
+            assert re.match(rb"HTTP/1.0 40[0358] ", answer) and b"<" not in answer
     assert request(tuned_server, "GET", "/")[0] == 200
 
 
 def test_large_bodies(tuned_server):
     """The answer arrives although the rest of what is sent does not interest."""
-    fits = json.dumps({"words": "铲子", "seed": 1}).ljust(LARGEST)
+    fits = json.dumps({"words": "铲子", "max_tokens": 1}).ljust(LARGEST)
     assert request(tuned_server, body=fits, headers=JSON)[0] == 200
     assert_refused(request(tuned_server, body=fits + " ", headers=JSON), 413, str(LARGEST))
+    with pytest.raises(openai.APIStatusError) as refused:
+        complete(tuned_server.client, prompt="很" * 100_000)
+    assert refused.value.status_code == 413
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the system would take it all at once
         connection.settimeout(60)
@@ -381,65 +655,60 @@ def test_a_body_cut_off(tuned_server):
         connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
         connection.shutdown(socket.SHUT_WR)
         answer = connection.makefile("rb").read()
-    assert b" 408 " in answer.splitlines()[0] and json.loads(answer.splitlines()[-1])["en"]
+    assert b" 408 " in answer.splitlines()[0] and json.loads(answer.splitlines()[-1])["error"]["message"]
 
 
 def test_too_many_requests(tuned):
-    """Bad ones count, the page does not."""
-    with serving(tuned, "--per_minute", 3) as server:
-        for body, status in (("{}", 200), ("", 400), ("{}", 200)):
+    """Bad ones count, the page and the list of models do not."""
+    with serving_here(tuned, per_minute=3) as server:
+        for body, status in (('{"max_tokens": 1}', 200), ("", 400), ('{"max_tokens": 1}', 200)):
             assert request(server, body=body, headers=JSON)[0] == status
         for _ in "ab":
-            answer = request(server, body="{}", headers=JSON)
-            assert_refused(answer, 429, answer[1]["Retry-After"])
-            assert 0 < int(answer[1]["Retry-After"]) <= 60
-        assert request(server, "GET", "/")[0] == 200
+            with pytest.raises(openai.RateLimitError, match="minute") as refused:
+                complete(server.client)
+            assert 0 < int(refused.value.response.headers["Retry-After"]) <= 60
+        assert request(server, "GET", "/")[0] == 200 and len(list(server.client.models.list())) == 1
 
 
 def test_too_many_connections(tuned_server):
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(("127.0.0.1", tuned_server.port))) for _ in range(200)]
-        answered = idle[CONNECTIONS + 50 :]  # the first ones get a thread each, for as long as they say nothing
+        answered = idle[CONNECTIONS + 50 :]  # the first ones are listened to, for as long as they say nothing
         for connection in answered:
             connection.settimeout(60)
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1000).startswith(b"HTTP/1.0 503 ")
     while request(tuned_server, "GET", "/")[0] == 503:
         pass
-    assert text_of(ask(tuned_server, words="铲子"))
+    assert complete(tuned_server.client, words="铲子").choices[0].text
 
 
-def test_silent_and_slow_visitors(tuned_server):
-    """One who says nothing, one who sends a letter now and then, one who never ends his body: all are shown out."""
+def test_silent_and_slow_visitors(tuned, monkeypatch):
+    """One who says nothing, one who sends a letter now and then, one who never ends his body: each is shown out, and
+    told why."""
+    monkeypatch.setattr(tools.serve, "PATIENCE", 1)
     starts = [b"", b"G", HEAD, HEAD + b"Content-Length: 9000\r\n\r\n{"]
 
     def last(start):
-        with socket.create_connection(("127.0.0.1", tuned_server.port), timeout=0.5) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as connection:
             connection.sendall(start)
-            for _ in range(120):
-                try:
-                    with contextlib.suppress(TimeoutError):
-                        if not connection.recv(1 << 16):
-                            return True
+            heard = b""
+            for _ in range(100):
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    if not (part := connection.recv(1 << 16)):
+                        return heard
+                    heard += part
+                with contextlib.suppress(ConnectionError):
                     connection.sendall(b"a" if start else b"")
-                except ConnectionError:
-                    return True
 
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(last, starts))
+    with serving_here(tuned) as server, ThreadPoolExecutor(4) as pool:
+        begun = time.monotonic()
+        for heard in pool.map(last, starts):
+            assert heard.startswith(b"HTTP/1.0 408 "), heard
+        assert time.monotonic() - begun < 6
 
 
 # ---- The program -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_ending_in_the_middle_of_a_story(end, pretrained, tmp_path):
-    path = random_checkpoint(pretrained, tmp_path / "ckpt_000001.pt", 60, None)
-    with serving(path, end=end) as server:
-        visitor = Listener(server, prompt="从前")
-        assert visitor.until("text") and visitor.until("text")
-    assert visitor.until("end") is None
-    visitor.leave()
 
 
 def test_mistakes_of_the_user(tuned, tmp_path):
@@ -448,7 +717,6 @@ def test_mistakes_of_the_user(tuned, tmp_path):
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert_one_line_error(serve("--port", port), "--port", port)
         done = run_script("-m", "tools.serve", "--ckpt", tuned, "--port", port, check=False)
         assert_one_line_error(done, "--port", port)
     for option in ("--port=70000", "--batch=0", "--per_minute=0", "--device=banana", "--port=x", "--prot=1"):
@@ -465,7 +733,6 @@ def test_the_page_is_self_contained(tuned_server):
     assert [link[:5] for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(.*)""", page)] == ["data:"]
     assert re.findall('name="features" value="(.*?)"', page) == list(FEATURES)
     assert set(NAMES) <= set(re.findall(r">(\w+)</", page))
-    assert request(tuned_server, "HEAD", "/")[2] == b""
 
 
 # ---- In Chromium, by the W3C WebDriver protocol ----------------------------------------------------
@@ -553,7 +820,7 @@ def test_a_story_in_the_browser(browser, tuned, tuned_server):
         browser.type(field, text)
     browser.type("summary", "\ue007")  # the Enter key
     browser.wait_for(f"{IDLE} && document.getElementById('status').textContent.includes('（种子 11）')")
-    told = told_by_sample(tuned, seed=11, temperature=0.5, features="对话，转折", **fields)
+    _, told = sampled(tuned, seed=11, temperature=0.5, features="对话，转折", **fields)
     assert browser.text("story") == told
     browser.run("document.getElementById('language').click()")
     assert browser.text("tell") == "Generate" and "seed 11" in browser.text("status") and browser.text("story") == told
@@ -577,7 +844,7 @@ def test_streaming_stopping_and_hostile_text_in_the_browser(browser, slow_server
         assert browser.run("return document.title") == title
     assert browser.text("story") == story  # nothing comes after
     visitor = Listener(slow_server, prompt="从前")
-    assert visitor.until("text")
+    assert visitor.text()
     visitor.leave()
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
 from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors
 from model import IGNORE
-from sample import add_sampling_options, sample_and_score, sampling_options
+from sample import add_device_options, add_sampling_options, sample_and_score, sampling_options
 from sft import PackedSFTDataset, open_examples
 from stories.consistency import consistent
 from stories.rewards import average, reward, score
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=50, help="stories in a batch")
     parser.add_argument("--best_of", type=int, default=1, help="stories for each instruction, of which the best counts")
     add_sampling_options(parser)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_device_options(parser)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N stories of each")
     parser.add_argument("--json", type=Path, help="write the metrics of the last checkpoint to this file")
     args = parser.parse_args()

@@ -1,425 +1,400 @@
-"""A web page that generates stories with a checkpoint.
+"""A web page of stories, and the OpenAI API for other programs (docs/usage.md).
 
     python -m tools.serve --ckpt out/demo_sft
-    python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080       # for others in your network, too
+    python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080
 
-The page (serve.html) loads nothing from elsewhere. It sends POST /tell, which also works by hand:
-
-    curl -N http://127.0.0.1:8000/tell -H "Content-Type: application/json" -d '{"words": "铲子，草地", "seed": 7}'
-
-The answer is JSON lines, sent as the story is generated: {"seed": 7}, {"ahead": how many requests wait before this
-one}, {"text": a piece}, and {"end": "end", or "full" at the model's longest sequence}. With "best_of": 8 eight stories
-are generated, with this seed and the seven after it; the best is sent when all are done, and before its end
-{"met": what it has of what was asked for, "seed": its own}. A refusal is one object, with a sentence in Chinese ("zh")
-and in English ("en").
-
-One thread runs the model. It generates all stories as one batch, which a story joins and leaves at any token. Each
-story has its own generator: a seed gives the same story as `sample.py --num 1`, whatever else is in the batch (except
-for rounding, which differs between batch sizes).
+One thread runs the model, all else an event loop. Stories join and leave the batch at any token.
+Except for rounding, a seed gives the story of `sample.py --num 1`.
 """
 
+import asyncio
 import base64
 import collections
 import contextlib
 import hashlib
-import ipaddress
 import json
-import math
 import os
-import queue
 import random
 import re
 import signal
-import socket
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
-from common.files import Parser, UserError, load_tokenizer, report_errors
-from sample import CACHE_STEP, encode_prompt, prefill, random_noise, sample_token, story_start
-from stories.constraints import NAMES, read_constraints, template_tokens, write_constraints
+import sample
+from common.files import Parser, UserError, report_errors
+from stories.constraints import NAMES, read_constraints, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
-PATHS = {"/": ("GET", "HEAD"), "/tell": ("POST",)}
-TEXTS = (*NAMES.values(), "prompt")
-# The seed as large as JavaScript can count
-NUMBERS = {"temperature": (0, 2), "top_p": (0.01, 1), "seed": (0, 2**53), "best_of": (1, 8)}
 TOP_K = 50
-LONGEST = 1024  # tokens of an instruction and its story
+LONGEST = 1024  # tokens of a prompt and its story
+MOST = 8  # stories for a request
 LARGEST = 16 << 10  # bytes of a request
 WAITING = 32  # stories in the queue
 CONNECTIONS = 64  # open at once
-PATIENCE = 10  # seconds for a request to arrive, or for a piece of the story to be taken
+PATIENCE = 10  # seconds to send a request, or to take a piece of the answer
+HUGE = 2**53  # as large as JavaScript can count
+PATHS = {"/": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
+# The most texts in a list; the limits of a number
+TEXTS = {"prompt": 1, "words": 99, "features": 99, "summary": 1, "sentence": 1, "stop": 4, "model": 1, "user": 1}
+NUMBERS = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "seed": (0, HUGE), "n": (1, MOST), "best_of": (1, MOST)}
+NUMBERS |= {"max_tokens": (1, HUGE), "max_completion_tokens": (1, HUGE)}
+NUMBERS |= {"stream": (False, True), "stream_options.include_usage": (False, True)}
+# What clients send unasked, and what changes nothing
+NEUTRAL = {"echo": False, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "tools": []}
+to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Refusal(Exception):
-    """What a visitor cannot have: the status, a sentence in Chinese and in English, perhaps a header."""
+    """What a visitor cannot have: the status, the reason, the key at fault, headers."""
 
-    def __init__(self, status: int, zh: str, en: str, **headers):
-        self.status, self.sentence, self.headers = status, {"zh": zh, "en": en}, headers
+    def __init__(self, status: int, message: str, param: str | None = None, **headers):
+        kind = "invalid_request_error" if status < 429 else HTTPStatus(status).name.lower()
+        self.error = {"message": message, "type": kind, "param": param, "code": None}
+        self.status, self.headers = status, headers
 
 
-@dataclass(eq=False)
+def check(key: str, value):
+    """The value of a key, if it is supported; of a text, a list. Raises Refusal."""
+    fits, must = value == NEUTRAL.get(key), "is not supported here"
+    if key in TEXTS:
+        value = [value] if isinstance(value, str) else value
+        fits = isinstance(value, list) and {*map(type, value)} <= {str} and len(value) <= TEXTS[key]
+        must = f"must be a string, or a list of at most {TEXTS[key]}"
+    if key in NUMBERS:
+        least, most = NUMBERS[key]
+        kinds = (int, float) if type(least) is float else (type(least),)
+        fits = type(value) in kinds and least <= value <= most
+        must = f"must be of type {kinds[-1].__name__}, from {least} to {most}"
+    if not fits:
+        raise Refusal(400, f"{key[:40]!r} {must}.", key[:40])
+    return value
+
+
+def read_message(messages) -> str:
+    """The text of the only message of a chat. Raises Refusal."""
+    with contextlib.suppress(TypeError, KeyError, ValueError):
+        [message] = messages
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if message["role"] == "user" and all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+    raise Refusal(400, "Give one text of the user: no earlier turns, no system prompt.", "messages")
+
+
+class Request:
+    """What is asked for. `choices` receives those of the answer. Raises Refusal."""
+
+    def __init__(self, body: bytes, chat: bool, server: "Server"):
+        try:
+            asked = json.loads(body)
+            to_json(asked).encode()  # fails for half a character
+            options = asked.pop("stream_options", None) or {}
+            asked |= {f"stream_options.{key}": value for key, value in options.items()}
+        except (ValueError, RecursionError, AttributeError, TypeError):
+            raise Refusal(400, "The body and stream_options must be JSON objects.") from None
+        message = read_message(asked.pop("messages", None)) if chat else ""
+        asked = {key: check(key, value) for key, value in asked.items() if value is not None}
+        constraints = {name: "，".join(asked.get(key, [])) for name, key in NAMES.items()}
+        instruction = f"{message}\n{write_constraints(constraints)}".strip()
+        if (chat or instruction) and not server.template:
+            raise Refusal(400, "This model only continues a prompt.")
+        self.server = server
+        texts = server.template, instruction, "".join(asked.get("prompt", []))
+        self.prompt = sample.encode_prompt(server.tokenizer, *texts)
+        if len(self.prompt) >= server.length:
+            raise Refusal(400, f"Too long: {server.length - 1} tokens fit.", "prompt")
+        self.n, self.best_of = asked.get("n", 1), asked.get("best_of", 1)
+        if self.n * self.best_of > MOST:
+            raise Refusal(400, f"n x best_of must be at most {MOST}.", "n")
+        self.constraints = read_constraints(instruction)
+        if self.best_of > 1 and not can_choose(self.constraints):
+            raise Refusal(400, "best_of chooses by words, a sentence, 对话.", "best_of")
+        self.chat, self.stream = chat, asked.get("stream", False)
+        self.include_usage = asked.get("stream_options.include_usage", False)
+        self.temperature, self.top_p = asked.get("temperature", 0.8), asked.get("top_p", 0.95)
+        self.stop = [text for text in asked.get("stop", []) if text]
+        new = min(asked.get(key, HUGE) for key in ("max_tokens", "max_completion_tokens"))
+        self.length = min(len(self.prompt) + new, server.length)  # with the prompt
+        self.start = sample.story_start(server.tokenizer, self.prompt)
+        self.opening = server.tokenizer.decode(self.prompt[self.start :])
+        seed, total = asked.get("seed", random.randrange(1 << 31)), self.n * self.best_of
+        self.stories = [Story(self, i // self.best_of, seed + i) for i in range(total)]
+        self.choices = asyncio.Queue[dict]()
+
+
 class Story:
-    """A requested story. `tokens` receives its tokens as they are generated, each with whether it is the last."""
+    """A story as far as it is generated: all tokens, the text after the prompt."""
 
-    prompt: list[int]
-    beginning: list[int]  # the end of the prompt that is part of the story
-    temperature: float
-    top_p: float
-    seed: int
-    instruction: str
-    stopped: bool = False  # its visitor has gone
-    tokens: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    def __init__(self, request: Request, index: int, seed: int):
+        self.request, self.index, self.seed = request, index, seed
+        self.generator = torch.Generator(request.server.device).manual_seed(seed)
+        self.tokens, self.text = [*request.prompt], ""
+        self.finish_reason: str | None = None
+
+    def add(self, token: int) -> None:
+        """Add a token. What can be sent now becomes a choice, or a piece of one."""
+        request, known = self.request, len(self.text)
+        tokenizer = request.server.tokenizer
+        self.tokens.append(token)
+        if token == tokenizer.eos_id():
+            self.finish_reason = "stop"
+        elif len(self.tokens) == request.length:
+            self.finish_reason = "length"
+        # All is decoded anew, as in sample.py. Half a character is held back,
+        text = tokenizer.decode(self.tokens[request.start :])
+        text = text[len(request.opening) :].rstrip("\ufffd")
+        if found := [text.index(stop) for stop in request.stop if stop in text]:
+            text, self.finish_reason = text[: min(found)], "stop"
+        elif not self.finish_reason:  # and what may begin a stop string
+            rests = [text[i:] for i in range(known, len(text))]
+            held = (rest for rest in rests if any(stop.startswith(rest) for stop in request.stop))
+            text = text.removesuffix(next(held, ""))
+        self.text = text
+        rivals = [story for story in request.stories if story.index == self.index]
+        if request.stream and request.best_of == 1:
+            if text[known:] or self.finish_reason:
+                request.choices.put_nowait(self.choice(text[known:]))
+        elif all(story.finish_reason for story in rivals):
+            best = max(rivals, key=Story.worth)
+            request.choices.put_nowait(best.choice(best.text))
+
+    def worth(self) -> float:
+        scores = score(self.request.constraints, self.request.opening + self.text)
+        return reward(scores | {"finished": float(self.finish_reason == "stop")})
+
+    def choice(self, text: str) -> dict:
+        """A choice in OpenAI's form; `seed` and `met` are additions."""
+        request = self.request
+        choice: dict = {"index": self.index, "seed": self.seed, "logprobs": None}
+        choice["finish_reason"] = self.finish_reason
+        if request.best_of > 1:
+            choice["met"] = findings(request.constraints, request.opening + text)
+        if not request.chat:
+            return choice | {"text": text}
+        role = {"role": "assistant"} if text == self.text else {}
+        return choice | {"delta" if request.stream else "message": role | {"content": text}}
 
 
-class Sampler:
-    """The model and the queue of stories. `work` runs in one thread; the other methods may be called from any."""
+class Server:
+    """The model, the waiting stories, the visitors."""
 
-    def __init__(self, model, tokenizer, template: str | None, batch: int):
-        self.model, self.tokenizer, self.template, self.batch = model, tokenizer, template, batch
+    def __init__(self, model, tokenizer, template: str, args):
+        self.model, self.tokenizer, self.template, self.args = model, tokenizer, template, args
         self.length = min(model.config.block_size, LONGEST)
-        self.waiting, self.closed = list[Story](), False
-        self.changed = threading.Condition()  # guards these two
-
-    def add(self, stories: list[Story]) -> None:
-        with self.changed:
-            if len(self.waiting) + len(stories) > WAITING:
-                full = "等着听故事的人太多了，请过一会儿再来。", "Too many are waiting; please come back later."
-                raise Refusal(503, *full, retry_after=10)
-            self.waiting += stories
-            self.changed.notify()
-
-    def ahead(self, story: Story) -> int:
-        with self.changed:
-            return self.waiting.index(story) if story in self.waiting else 0
-
-    def drop(self, story: Story) -> None:
-        with self.changed:
-            story.stopped = True
-            if story in self.waiting:
-                self.waiting.remove(story)
-
-    def close(self) -> None:
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
-
-    @torch.inference_mode()
-    def work(self) -> None:
-        """Generate until closed, one token of each story at a time. Between two tokens stories join and leave."""
-        end, weight = self.tokenizer.eos_id(), self.model.embedding.weight
-        active, generators = list[Story](), []  # B stories and their generators
-        last = torch.empty(0, dtype=torch.long, device=weight.device)  # (B,), the position of each story's last token
-        logits = weight.new_empty(0, weight.size(0))  # (B, V)
-        cache = self.model.new_cache(0, self.length, weight.dtype)
-        while True:
-            with self.changed:
-                while not (active or self.waiting or self.closed):
-                    self.changed.wait()
-                if self.closed:
-                    return
-                free = self.batch - len(active)
-                new, self.waiting = self.waiting[:free], self.waiting[free:]
-            if new:
-                more_logits, more_last, _, more_cache = prefill(
-                    self.model, [story.prompt for story in new], self.length
-                )
-                logits, last = torch.cat((logits, more_logits)), torch.cat((last, more_last))  # (B, V), (B,)
-                for layer, more in zip(cache, more_cache, strict=True):
-                    layer[:] = map(torch.cat, zip(layer, more, strict=True))  # (B, K, S, D) each
-                active += new
-                generators += [torch.Generator(weight.device).manual_seed(story.seed) for story in new]
-            drawn = [  # one by one: each story has its own settings and generator
-                sample_token(  # (1,)
-                    row[None], None, story.temperature, story.top_p, 1.0, random_noise(1, TOP_K, len(row), generator)
-                )
-                for row, story, generator in zip(logits, active, generators, strict=True)
-            ]
-            token, last, stay = torch.cat(drawn), last + 1, []  # (B,), (B,)
-            for i, (story, t, place) in enumerate(zip(active, token.tolist(), last.tolist(), strict=True)):
-                done = t == end or place == self.length - 1
-                story.tokens.put((t, done))
-                if not done and not story.stopped:
-                    stay.append(i)
-            if len(stay) < len(active):
-                active, generators = [active[i] for i in stay], [generators[i] for i in stay]
-                token, last, logits = token[stay], last[stay], logits[stay]  # (B,), (B,), (B, V)
-                for layer in cache:
-                    layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
-            if active:
-                # Attention pays for empty positions too, so leave them out; in the steps of sample.py, because with
-                # another size sums round differently, and a seed could give another story.
-                size = math.ceil((int(last.max()) + 1) / CACHE_STEP) * CACHE_STEP
-                filled = [[kv[:, :, :size] for kv in layer] for layer in cache]  # (B, K, S, D) each
-                logits = self.model(token[:, None], positions=last[:, None], cache=filled)[:, 0]  # (B, V)
-
-
-def read_stories(body: bytes, sampler: Sampler) -> list[Story]:
-    """The story that a request asks for, or those of which the best is to be chosen. Raises Refusal naming the key."""
-    try:
-        asked = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        asked = None
-    if not isinstance(asked, dict):
-        raise Refusal(400, "请求须是一个 JSON 对象。", "The request must be a JSON object.")
-    usual: dict[str, Any] = dict.fromkeys(TEXTS, "")
-    usual |= {"temperature": 0.8, "top_p": 0.95, "seed": random.randrange(1 << 31), "best_of": 1}
-    asked = usual | asked
-    for key, value in asked.items():
-        least, most = NUMBERS.get(key, (0, 0))
-        if key not in usual:
-            raise Refusal(400, f"没有 {key[:40]!r} 这一项。", f"There is no key {key[:40]!r}.")
-        if key in TEXTS and not isinstance(value, str):
-            raise Refusal(400, f"{key} 须是文字。", f"{key} must be text.")
-        kinds = (int,) if key in ("seed", "best_of") else (int, float)
-        if key in NUMBERS and not (type(value) in kinds and least <= value <= most):
-            raise Refusal(400, f"{key} 须在 {least} 与 {most} 之间。", f"{key} must lie between {least} and {most}.")
-    instruction = write_constraints({name: asked[key] for name, key in NAMES.items()})
-    if instruction.strip() and not sampler.template:
-        raise Refusal(400, "这个模型只会续写：请给 prompt。", "This model only continues text: give a prompt.")
-    try:
-        prompt = encode_prompt(sampler.tokenizer, sampler.template or "", instruction, asked["prompt"])
-    except UserError:
-        raise Refusal(400, "文字里有半个字符。", "The text holds half a character.") from None
-    if (n := len(prompt)) >= sampler.length:
-        most = sampler.length - 1
-        raise Refusal(400, f"太长了：{n} 个词元，最多 {most} 个。", f"Too long: {n} tokens, at most {most} fit.")
-    n, beginning = asked["best_of"], prompt[story_start(sampler.tokenizer, prompt) :]
-    if n > 1 and not can_choose(read_constraints(instruction)):
-        by = "没有可以挑选的依据：请填词汇、随机句子，或选“对话”。"
-        raise Refusal(400, by, "Nothing to choose by: give words, a sentence, or the feature 对话 (dialogue).")
-    seeds = range(asked["seed"], asked["seed"] + n)
-    return [Story(prompt, beginning, asked["temperature"], asked["top_p"], seed, instruction) for seed in seeds]
-
-
-class Server(ThreadingHTTPServer):
-    """A thread for each connection; the number of connections and the requests of an address are limited."""
-
-    request_queue_size = CONNECTIONS
-
-    def __init__(self, host: str, port: int, sampler: Sampler, per_minute: int):
-        self.sampler, self.per_minute, self.lock = sampler, per_minute, threading.Lock()
-        self.recent = collections.deque[tuple[float, str]](maxlen=10_000)  # times and addresses, of the last minute
-        self.deadlines: dict[socket.socket, float] = {}  # of every connection: when its request must have arrived
-        self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        super().__init__((str(address[0]), port), Visit)
-        # Another site could point its name to this address (DNS rebinding): on loopback only these names are answered.
-        loopback = ipaddress.ip_address(str(address[0])).is_loopback
-        self.names = {"localhost", "127.0.0.1", "[::1]", host} if loopback else None
+        self.device = model.embedding.weight.device
+        self.waiting, self.arrived = list[Story](), asyncio.Event()
+        self.connections, self.recent = 0, collections.Counter[str]()
+        self.names, self.name = set[str](), args.ckpt.resolve().name
         page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
-        page = page.replace("{{tuned}}", "yes" if sampler.template else "no")
-        page = page.replace("{{parameters}}", str(sampler.model.count_parameters()))
-        self.policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        self.policy += "frame-ancestors 'none'"
+        page = page.replace("{{tuned}}", "yes" if template else "no")
+        page = page.replace("{{parameters}}", str(model.count_parameters()))
+        self.policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'"
+        self.policy += "; form-action 'none'; frame-ancestors 'none'"
         for tag in ("style", "script"):  # only what is in the page may run
             inside = page.partition(f"<{tag}>")[2].rpartition(f"</{tag}>")[0]
-            digest = hashlib.sha256(inside.encode()).digest()
-            self.policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
-        self.page = page.encode()
+            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            self.policy += f"; {tag}-src 'sha256-{digest}'"
+        self.page = page
 
-    def count(self, address: str) -> None:
-        """Record a request. Raises Refusal if the address has reached its limit for this minute."""
-        with self.lock:
-            now = time.monotonic()
-            times = [then for then, who in self.recent if who == address and then > now - 60]
-            if len(times) >= self.per_minute:
-                wait = math.ceil(times[0] + 60 - now)
-                sentences = f"问得太勤了，请等 {wait} 秒。", f"Too many requests; please wait {wait} seconds."
-                raise Refusal(429, *sentences, retry_after=wait)
-            self.recent.append((now, address))
-
-    def verify_request(self, request, client_address) -> bool:
-        if len(self.deadlines) < CONNECTIONS:
-            self.deadlines[request] = time.monotonic() + PATIENCE
-            return True
-        with contextlib.suppress(OSError):
-            request.send(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 10\r\n\r\n")
-        return False
-
-    def service_actions(self) -> None:
-        """Called twice a second or more often: a byte now and then does not keep a connection open."""
-        for request, deadline in list(self.deadlines.items()):
-            if deadline < time.monotonic():
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RD)  # its thread reads the end
-
-    def shutdown_request(self, request) -> None:
-        self.deadlines.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a visitor who goes away is no error
-            super().handle_error(request, client_address)
-
-
-class Visit(BaseHTTPRequestHandler):
-    """A connection. It is closed after one answer (HTTP/1.0), so that a story needs no framing."""
-
-    server: Server
-    timeout = PATIENCE  # of each read and write
-    disable_nagle_algorithm = True  # a piece of the story does not wait for the next
-    server_version, sys_version = "microstories", ""
-    error_message_format, error_content_type = "%(code)d %(message)s\n", "text/plain; charset=utf-8"
-
-    def do_GET(self) -> None:
+    async def serve(self) -> None:
+        host, port = self.args.host, self.args.port
         try:
-            stories = self.answer()
-        except Refusal as e:
-            self.send(e.status, "application/json", json.dumps(e.sentence, ensure_ascii=False).encode(), **e.headers)
-            # Closed while bytes are unread, the connection would be reset, and the answer lost on its way.
-            self.connection.shutdown(socket.SHUT_WR)
-            left = 1 << 20
-            while left > 0 and (part := self.rfile.read1(1 << 16)):
-                left -= len(part)
-            return
-        if stories:
+            listener = await asyncio.start_server(self.visit, host, port)
+        except OSError as e:
+            raise UserError(f"--host {host} --port {port}: {e.strerror}; choose another") from None
+        address, port, *_ = listener.sockets[0].getsockname()
+        if address in ("127.0.0.1", "::1"):  # against DNS rebinding
+            self.names = {"localhost", "127.0.0.1", "[::1]", host}
+        name = f"[{host}]" if ":" in host else host
+        print(f"serving stories at http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
+        await self.work()
+
+    async def visit(self, reader, writer) -> None:
+        """Answer one request, then close (HTTP/1.0)."""
+        writer.transport.set_write_buffer_limits(0)  # drain() waits for all
+        self.connections += 1
+        with contextlib.suppress(OSError, asyncio.TimeoutError, EOFError):  # gone
             try:
-                self.send_story(stories[0]) if len(stories) == 1 else self.send_best(stories)
+                await self.answer(reader, writer)
+            except Refusal as e:
+                await send(writer, to_json({"error": e.error}), e.status, **e.headers)
+                # Closed with bytes unread, it would be reset, and the answer lost.
+                writer.write_eof()
+                if self.connections <= CONNECTIONS:
+                    await asyncio.wait_for(reader.readexactly(1 << 20), PATIENCE)
             finally:
-                for story in stories:
-                    self.server.sampler.drop(story)
+                self.connections -= 1
+                writer.transport.abort()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
+    async def answer(self, reader, writer) -> None:
+        """Raises Refusal, before anything is sent."""
+        if self.connections > CONNECTIONS:
+            raise Refusal(503, "Too many connections.", retry_after=10)
+        address, *_ = writer.get_extra_info("peername") or ("",)
+        try:
+            path, body = await asyncio.wait_for(self.read(reader, address), PATIENCE)
+        except (asyncio.TimeoutError, EOFError):
+            raise Refusal(408, "The request did not arrive whole.") from None
+        if path == "/":
+            return await send(writer, self.page, 200, "text/html", content_security_policy=self.policy)
+        if path == "/v1/models":
+            model = {"id": self.name, "object": "model", "created": 0, "owned_by": ""}
+            return await send(writer, to_json({"object": "list", "data": [model]}), 200)
+        request = Request(body, "chat" in path, self)
+        if len(self.waiting) + len(request.stories) > WAITING:
+            raise Refusal(503, "Too many are waiting.", retry_after=10)
+        self.waiting += request.stories
+        self.arrived.set()
+        try:
+            await self.tell(request, reader, writer)
+        finally:
+            for story in request.stories:
+                story.finish_reason = story.finish_reason or "dropped"
 
-    def send(self, status: int, kind: str, body: bytes = b"", **headers) -> None:
-        self.send_response(status)
-        headers |= {"content_type": kind, "cache_control": "no-store", "x_content_type_options": "nosniff"}
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def answer(self) -> list[Story]:
-        """Send the page, or queue the stories asked for. Raises Refusal."""
-        host = re.sub(r":\d*$", "", self.headers.get("Host", "")).lower()
-        if self.server.names and host not in self.server.names:
-            raise Refusal(403, "请用 localhost 打开。", "Open this page as localhost.")
-        methods = PATHS.get(self.path.partition("?")[0])
-        if not methods:
-            raise Refusal(404, "没有这一页。", "There is no such page.")
-        if self.command not in methods:
-            raise Refusal(405, "这一页不能这样请求。", f"Only {' and '.join(methods)} here.", allow=", ".join(methods))
-        if self.command != "POST":
-            more = {"content_security_policy": self.server.policy, "referrer_policy": "no-referrer"}
-            self.send(200, "text/html; charset=utf-8", self.server.page, **more)
-            return []
-        self.server.count(self.client_address[0])
-        if self.headers.get_content_type() != "application/json":  # which no other site's page can send unasked
-            raise Refusal(415, "Content-Type 须是 application/json。", "Content-Type must be application/json.")
-        length = self.headers.get("Content-Length", "")
+    async def read(self, reader, address: str) -> tuple[str, bytes]:
+        """The path and the body of a request. Raises Refusal."""
+        try:
+            line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            method, target, _ = line.split(" ")
+        except (asyncio.LimitOverrunError, ValueError):
+            raise Refusal(400, "This is no HTTP request.") from None
+        fields = (line.partition(":") for line in lines)
+        headers = {name.lower(): value.strip() for name, _, value in fields}
+        path = target.partition("?")[0]
+        if self.names and re.sub(r":\d*$", "", headers.get("host", "")).lower() not in self.names:
+            raise Refusal(403, "Open this page as localhost.")
+        if path not in PATHS:
+            raise Refusal(404, "There is no such page.")
+        if method != PATHS[path]:
+            raise Refusal(405, f"Only {PATHS[path]} here.", allow=PATHS[path])
+        if method == "GET":
+            return path, b""
+        if self.recent[address] >= self.args.per_minute:
+            raise Refusal(429, "Too many requests: wait a minute.", retry_after=60)
+        self.recent[address] += 1
+        asyncio.get_running_loop().call_later(60, self.recent.subtract, [address])
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # no other site's page can send it unasked
+            raise Refusal(415, "Content-Type must be application/json.")
+        length = headers.get("content-length", "")
         if not re.fullmatch("[0-9]+", length):
-            raise Refusal(411, "缺少 Content-Length。", "Content-Length is missing.")
+            raise Refusal(411, "Content-Length is missing.")
         if len(length) > 9 or int(length) > LARGEST:
-            raise Refusal(413, f"请求太大，最多 {LARGEST} 字节。", f"Too large: at most {LARGEST} bytes.")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise Refusal(408, "请求没有发完。", "The request did not arrive whole.")
-        self.server.deadlines[self.connection] = math.inf
-        stories = read_stories(body, self.server.sampler)
-        self.server.sampler.add(stories)
-        return stories
+            raise Refusal(413, f"Too large: at most {LARGEST} bytes.")
+        return path, await reader.readexactly(int(length))
 
-    def tokens_of(self, story: Story):
-        """Yield a story's tokens as they are generated. Meanwhile its visitor hears how many are before it."""
-        done = False
-        while not done:
+    async def tell(self, request: Request, reader, writer) -> None:
+        """Send the choices as they come, or all in the end."""
+        kind = "chat.completion" + ".chunk" * request.stream if request.chat else "text_completion"
+        head = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind}
+        head |= {"created": int(time.time()), "model": self.name}
+        if request.stream:
+            await send(writer, "", 200, "text/event-stream; charset=utf-8")
+        choices = list[dict]()
+        while sum(bool(choice["finish_reason"]) for choice in choices) < request.n:
             try:
-                token, done = story.tokens.get(timeout=1)
-                yield token, done
-            except queue.Empty:
-                self.line(ahead=self.server.sampler.ahead(story))
+                choices.append(await asyncio.wait_for(request.choices.get(), 1))
+                event = f"data: {to_json(head | {'choices': choices[-1:]})}\n\n"
+            except asyncio.TimeoutError:  # programs ignore a comment
+                ahead = [i for i, story in enumerate(self.waiting) if story in request.stories]
+                event = f': {{"ahead": {min(ahead, default=0)}}}\n\n'
+            if reader.at_eof():
+                raise ConnectionAbortedError
+            await send(writer, event if request.stream else "")
+        old = len(request.prompt)
+        new = sum(len(story.tokens) - old for story in request.stories)
+        usage = {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
+        if not request.stream:
+            choices.sort(key=lambda choice: choice["index"])
+            return await send(writer, to_json(head | {"choices": choices, "usage": usage}), 200)
+        if request.include_usage:
+            last = to_json(head | {"choices": [], "usage": usage})
+            await send(writer, f"data: {last}\n\n")
+        await send(writer, "data: [DONE]\n\n")
 
-    def send_story(self, story: Story) -> None:
-        """Send the story as it is generated. Sending fails when the visitor has gone."""
-        sampler, tokens, written = self.server.sampler, list(story.beginning), 0
-        self.send(200, "application/x-ndjson")
-        self.line(seed=story.seed)
-        self.line(ahead=sampler.ahead(story))
-        for token, done in self.tokens_of(story):
-            ended = token == sampler.tokenizer.eos_id()
-            tokens += [] if ended else [token]
-            text = sampler.tokenizer.decode(tokens)
-            text = text.rstrip("\ufffd") if done else text  # an incomplete character
-            if text[written:] and not text.endswith("\ufffd"):
-                self.line(text=text[written:])
-                written = len(text)
-        self.line(end="end" if ended else "full")
+    async def work(self) -> None:
+        """Generate forever, a token of each story at a time."""
+        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1)
+        steps, active = self.steps(), list[Story]()
+        next(steps)
+        while True:
+            await self.arrived.wait()
+            waiting = [story for story in self.waiting if not story.finish_reason]
+            new = waiting[: self.args.batch - len(active)]
+            self.waiting = waiting[len(new) :]
+            for story, token in await loop.run_in_executor(pool, steps.send, new):
+                if not story.finish_reason:
+                    story.add(token)
+            active = [story for story in active + new if not story.finish_reason]
+            if not active and not self.waiting:
+                self.arrived.clear()
 
-    def send_best(self, stories: list[Story]) -> None:
-        """Wait for all stories, then send the best. Sending fails when the visitor has gone."""
-        tokenizer, constraints = self.server.sampler.tokenizer, read_constraints(stories[0].instruction)
-        self.send(200, "application/x-ndjson")
-        self.line(seed=stories[0].seed)
-        found = []
-        for story in stories:
-            tokens = [*story.beginning, *(token for token, _ in self.tokens_of(story))]
-            ended = tokens[-1] == tokenizer.eos_id()
-            text = tokenizer.decode(tokens[:-1] if ended else tokens).rstrip("\ufffd")
-            found.append((reward(score(constraints, text) | {"finished": float(ended)}), text, ended, story.seed))
-        _, text, ended, seed = max(found, key=lambda one: one[0])
-        self.line(text=text)
-        self.line(met=findings(constraints, text), seed=seed)
-        self.line(end="end" if ended else "full")
+    @torch.inference_mode()
+    def steps(self):
+        """Receive the stories that join; yield every story with its next token."""
+        active = list[Story]()
+        cache = self.model.new_cache(0, self.length, self.model.embedding.weight.dtype)
+        new = yield []
+        while True:
+            stay = [i for i, story in enumerate(active) if not story.finish_reason]
+            if len(stay) < len(active):
+                active = [active[i] for i in stay]
+                for layer in cache:
+                    layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
+            logits = []
+            if active:
+                rows = [(story.tokens[-1], len(story.tokens) - 1) for story in active]
+                tokens, positions = torch.tensor(rows, device=self.device).split(1, dim=1)  # (B, 1)
+                # Attention pays for empty positions; in sample.py's steps, as sums round by size
+                size = sample.round_up(max(len(story.tokens) for story in active))
+                filled = [[kv[:, :, :size] for kv in layer] for layer in cache]
+                logits += self.model(tokens, positions=positions, cache=filled)  # (1, V) each
+            if new:
+                joined = sample.prefill(self.model, [story.tokens for story in new], self.length)
+                logits += joined[0][:, None]  # (1, V) each
+                for layer, more in zip(cache, joined[3], strict=True):
+                    layer[:] = map(torch.cat, zip(layer, more, strict=True))
+                active += new
+            drawn = [torch.empty(0, dtype=torch.long, device=self.device)]
+            for row, story in zip(logits, active, strict=True):
+                noise = sample.random_noise(1, TOP_K, row.size(1), story.generator)
+                options = story.request.temperature, story.request.top_p, 1.0
+                drawn.append(sample.sample_token(row, None, *options, noise))  # (1,)
+            new = yield list(zip(active, torch.cat(drawn).tolist(), strict=True))
 
-    def line(self, **said) -> None:
-        self.wfile.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+
+async def send(writer, text, status=0, kind="application/json", **headers) -> None:
+    """Send a part of an answer; the first part has a status."""
+    if status:
+        headers |= {"content_type": kind, "cache_control": "no-store", "x_content_type_options": "nosniff"}
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        first = f"HTTP/1.0 {status} {HTTPStatus(status).phrase}"
+        text = "\r\n".join((first, *lines, "", text))
+    writer.write(text.encode())
+    await asyncio.wait_for(writer.drain(), PATIENCE)
 
 
 def main() -> None:
-    parser = Parser(description="Generate stories on a web page.", allow_abbrev=False)
+    parser = Parser(description="Serve stories.", allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: for others, too")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others in your network")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--batch", type=int, default=8, help="stories in a batch; further ones wait")
-    parser.add_argument("--per_minute", type=int, default=30, help="stories an address may ask for in a minute")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    types = ["auto", "float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", default="auto", choices=types, help="of the weights; auto: the fastest")
+    parser.add_argument("--batch", type=int, default=8, help="stories at a time")
+    parser.add_argument("--per_minute", type=int, default=30, help="requests of an address")
+    sample.add_device_options(parser)
     args = parser.parse_args()
     for key, least, most in (("port", 0, 65535), ("batch", 1, 256), ("per_minute", 1, 9999)):
         if not least <= getattr(args, key) <= most:
             raise UserError(f"--{key} {getattr(args, key)}: must lie between {least} and {most}")
-    device = choose_device(args.device)
-    checkpoint = read_checkpoint(args.ckpt)
-    model = build_model(checkpoint, args.ckpt).to(device, choose_dtype(args.dtype, device)).eval()
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{args.ckpt} (tokenizer)")
-    if tokenizer.vocab_size() != model.config.vocab_size:
-        raise UserError(f"{args.ckpt}: the tokenizer in it has not as many pieces as the model")
-    if template := checkpoint.get("template"):
-        template_tokens(template, tokenizer)  # raises UserError
-    sampler = Sampler(model, tokenizer, template, args.batch)
-    try:
-        server = Server(args.host, args.port, sampler, args.per_minute)
-    except OSError as e:
-        raise UserError(f"--host {args.host} --port {args.port}: {e.strerror}; choose another") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    with server, ThreadPoolExecutor(1) as pool:
-        worker = pool.submit(sampler.work)
-        worker.add_done_callback(lambda done: server.shutdown() if done.exception() else None)
-        try:
-            name = f"[{args.host}]" if ":" in args.host else args.host
-            print(f"serving stories at http://{name}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sampler.close()
-    worker.result()  # raises what ended it, if anything did
+    server = Server(*sample.open_model(args.ckpt, args), args)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a slow end may abort in PyTorch
+        signal.signal(number, lambda *_: os._exit(0))
+    asyncio.run(server.serve())
 
 
 if __name__ == "__main__":
     report_errors(main)
-    # All is closed. On a busy machine a thread of PyTorch has been seen to abort the process while it is taken down.
-    sys.stdout.flush()
-    os._exit(0)
