@@ -43,11 +43,11 @@ from common.files import (
     report_errors,
     sync_folder,
 )
-from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, clean, template_tokens
+from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, template_tokens
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import LONGEST, describe_texts, find_inputs, read_blocks, records_of
-from stories.records import LeftOut, examples_of, story_of, text_digest
+from stories.read import LONGEST, LeftOut, describe_texts, find_inputs, read_blocks, records_of
+from stories.records import clean_texts, examples_of, story_of, text_digest
 
 SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
 CORES = min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
@@ -55,19 +55,6 @@ NEEDED = "0.2.3"  # an older sentencepiece aborts while it trains some tokenizer
 
 
 # ---- Cleaning and encoding, in worker processes, a block of input at a time ------------------------
-
-
-def clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """The texts of an example, cleaned. Raises LeftOut."""
-    try:
-        texts = tuple(map(clean, texts))
-    except UnicodeEncodeError:
-        raise LeftOut("not_unicode") from None
-    if not all(texts):
-        raise LeftOut("empty")
-    if any("\u2581" in text for text in texts):  # SentencePiece writes a space so, and would decode it to a space
-        raise LeftOut("unencodable")
-    return texts
 
 
 def read_texts(block: tuple, args: argparse.Namespace) -> tuple[list[tuple[str, ...]], Counter[str]]:
@@ -78,6 +65,8 @@ def read_texts(block: tuple, args: argparse.Namespace) -> tuple[list[tuple[str, 
     found, dropped = list[tuple[str, ...]](), Counter[str]()
     for where, record in records_of(block):
         try:
+            if isinstance(record, LeftOut):
+                raise record
             if args.task == "sft":
                 examples = examples_of(record, where, args.text_key, args.augment)
                 found += [clean_texts(texts) for texts in examples]

@@ -20,23 +20,39 @@ SYNONYMS |= dict.fromkeys(("总结", "概要"), "摘要")
 SYNONYMS |= dict.fromkeys(("随机句", "随机的句子"), "随机句子")
 
 
+# What nobody sees: white space, control characters, and what Unicode calls default ignorable (UAX #44). Of these,
+# variation selectors and tags change the character before them, as in many emoji: they may end a text, not begin it.
+UNSEEN = "\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180e\u2800\u3000\u3164\ufeff\uffa0" + "".join(
+    chr(code)
+    for first, last in ((0, 0x20), (0x7F, 0xA0), (0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0xFFF0, 0xFFFB))
+    for code in range(first, last + 1)
+)
+SELECTORS = "".join(map(chr, [*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0000, 0xE01F0)]))
+
+
+def strip(text: str) -> str:
+    """The text without what nobody sees at its ends."""
+    return text.lstrip(UNSEEN + SELECTORS).rstrip(UNSEEN)
+
+
 def clean(text: str) -> str:
-    """Unicode NFC, line ends as \\n, no white space around. Raises UnicodeEncodeError for a lone surrogate."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    """Unicode NFC, line ends as \\n, nothing unseen around. Raises UnicodeEncodeError for a lone surrogate."""
+    text = strip(unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
     text.encode()  # JSON can spell half of a surrogate pair, which no file can store
     return text
 
 
 def split_list(value: str) -> list[str]:
-    """The words of 词汇, or the features of 特点."""
-    return [" ".join(word.split()) for word in re.split("[，,、]", value) if word.strip()]
+    """The words of 词汇, or the features of 特点. Between Chinese words white space separates too."""
+    words = re.split(r"[，,、；;]|(?<=[一-鿿])\s+(?=[一-鿿])", value)
+    return [strip(" ".join(word.split())) for word in words if strip(word)]
 
 
 def write_constraints(constraints: dict[str, str]) -> str:
     """The text of an instruction: one line for each constraint that is not empty, in the order given."""
     lines = []
     for name, value in constraints.items():
-        value = "，".join(split_list(value)) if name in ("词汇", "特点") else " ".join(value.split())
+        value = "，".join(split_list(value)) if name in ("词汇", "特点") else strip(" ".join(value.split()))
         lines += [f"{name}：{value}"] if value else []
     return "\n".join(lines)
 
@@ -44,8 +60,8 @@ def write_constraints(constraints: dict[str, str]) -> str:
 def read_constraints(text: str) -> dict[str, str] | None:
     """The constraints of an instruction, with normalised names; None if it holds anything else."""
     constraints = {}
-    for line in text.strip().splitlines():
-        name, *rest = (part.strip() for part in re.split("[：:]", line, maxsplit=1))
+    for line in strip(text).splitlines():
+        name, *rest = map(strip, re.split("[：:]", line, maxsplit=1))
         value = "".join(rest)
         name = SYNONYMS.get(name, name)
         if name not in NAMES or not value or name in constraints:

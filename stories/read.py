@@ -37,6 +37,26 @@ DAMAGE_BY_NAME = ("ZstdError", "ArrowInvalid")  # and those of packages that may
 METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "meta.json"}
 
 
+class LeftOut(Exception):
+    """A record that cannot be used. The message is the reason, for the report."""
+
+
+class Decoder(json.JSONDecoder):
+    """JSON; for a value with an object that has a key twice, a LeftOut."""
+
+    def __init__(self):
+        super().__init__(object_pairs_hook=self.object_of)
+
+    def object_of(self, pairs: list[tuple]) -> dict:
+        self.twice |= len(found := dict(pairs)) < len(pairs)
+        return found
+
+    def raw_decode(self, s: str, idx: int = 0):
+        self.twice = False
+        value, end = super().raw_decode(s, idx)
+        return LeftOut("duplicate_key") if self.twice else value, end
+
+
 def find_inputs(inputs: list[str]) -> list[Path]:
     """The files of files, folders and globs, in a fixed order, without hidden ones. Raises UserError.
 
@@ -218,7 +238,7 @@ def split_stream(stream, separator: bytes, name: str, rest: bytes):
 
 def read_json(stream, name: str):
     """Stream the elements of one JSON list, so that the file can be larger than memory."""
-    reader, decode = codecs.getreader("utf-8-sig")(stream), json.JSONDecoder().raw_decode
+    reader, decode = codecs.getreader("utf-8-sig")(stream), Decoder().raw_decode
     text, at, line, number = reader.read(BLOCK), 0, 1, 0
     check_content(text[:64].encode(), ".json", name)
     if not text.lstrip().startswith("["):
@@ -291,6 +311,7 @@ def records_of(block: tuple):
         line += data.count(b"\n", 0, e.start)
         raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); {NOT_UTF8}") from None
     text = text.removeprefix(BOM).replace(f"\n{BOM}", "\n")  # files that were joined have one inside
+    decoder = Decoder()
     if kind != "jsonl":
         for story in text.split(kind):
             yield f"{name}:{line}", story
@@ -298,7 +319,7 @@ def records_of(block: tuple):
     for number, row in enumerate(text.split("\n"), line):
         if row and not row.isspace():
             try:
-                record = json.loads(row)
+                record = decoder.decode(row)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{name}:{number}: malformed JSON ({e})") from None
             yield f"{name}:{number}", record

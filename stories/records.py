@@ -10,7 +10,8 @@ import random
 import re
 
 from common.files import UserError
-from stories.constraints import read_constraints, split_list, write_constraints
+from stories.constraints import clean, read_constraints, split_list, strip, write_constraints
+from stories.read import LeftOut
 
 # The keys of a response, and the keys that may hold its prompt.
 PAIRS = {
@@ -23,6 +24,7 @@ PROMPTS = ("instruction", "prompt", "query", "question", "input")  # beside a re
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 EXTRAS = {"history": "history", "system": "system prompt"}  # what the template has no place for
+CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f]")  # all but the tab and the line end: in a story a sign of damage
 
 
 def text_digest(*texts: str) -> int:
@@ -36,8 +38,19 @@ def text_digest(*texts: str) -> int:
     return int.from_bytes(hashed[:8], "big")
 
 
-class LeftOut(Exception):
-    """A record that the template cannot hold. The message is the reason, for the report."""
+def clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts of an example, cleaned. Raises LeftOut."""
+    try:
+        texts = tuple(map(clean, texts))
+    except UnicodeEncodeError:
+        raise LeftOut("not_unicode") from None
+    if not all(texts):
+        raise LeftOut("empty")
+    if any("\u2581" in text for text in texts):  # SentencePiece writes a space so, and would decode it to a space
+        raise LeftOut("unencodable")
+    if any(map(CONTROL.search, texts)):
+        raise LeftOut("control_character")
+    return texts
 
 
 def keys_of(record: dict) -> str:
@@ -45,13 +58,14 @@ def keys_of(record: dict) -> str:
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text at a key; null, NaN (pandas writes it for null) and a missing key are empty. Raises UserError."""
+    """The text at a key; null, NaN (pandas writes it for null) and a missing key are empty, as is text that nobody
+    sees. Raises UserError."""
     value = record.get(key)
     if value is None or value != value:
         return ""
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} is a {type(value).__name__}, not text")
-    return value
+    return value if strip(value) else ""
 
 
 def story_of(record, where: str, text_key: str) -> str:
@@ -156,7 +170,7 @@ def constraints_of(record: dict, story: str, text_key: str, rng: random.Random) 
     if not constraints.get("随机句子"):
         sentences = [s for s in re.findall(r"[^。！？.!?“”\"]+[。！？.!?]", story) if len(s.strip()) >= 8]
         constraints["随机句子"] = sentences[int(rng.random() * len(sentences))] if sentences else ""
-    return {name: value for name, value in constraints.items() if isinstance(value, str) and value.strip()}
+    return {name: value for name, value in constraints.items() if isinstance(value, str) and strip(value)}
 
 
 def examples_of(record, where: str, text_key: str, augment: int) -> list[tuple[str, str]]:

@@ -34,8 +34,8 @@ from model import GPT, IGNORE
 from sample import BATCH, sample_and_score
 from sft import PackedSFTDataset, add_lora, open_examples
 from stories import records
-from stories.constraints import clean, read_constraints, template_tokens
-from stories.read import find_inputs, read_blocks, records_of
+from stories.constraints import read_constraints, template_tokens
+from stories.read import LeftOut, find_inputs, read_blocks, records_of
 from stories.rewards import average, reward, score
 from train import RANK, WORLD_SIZE, LoopSettings, ShuffledDataset, process_group, settle_dtype, train
 
@@ -157,16 +157,11 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
         raise UserError(f"{where}: expected an object with prompt, chosen and rejected{found}")
     records.refuse_extras(record)
     (prompt, chosen), (other, rejected) = (prompt_and_response(record, key, where) for key in ("chosen", "rejected"))
-    try:
-        prompt, other, chosen, rejected = map(clean, (prompt, other, chosen, rejected))
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half of a surrogate pair, which is not text") from None
+    prompt, other, chosen, rejected = records.clean_texts((prompt, other, chosen, rejected))
     if prompt != other:
         raise UserError(f"{where}: chosen and rejected answer different prompts")
-    if not chosen or not rejected:
-        raise records.LeftOut("empty")
     if chosen == rejected:
-        raise records.LeftOut("chosen and rejected are the same")
+        raise LeftOut("chosen and rejected are the same")
     scores = [record.get(f"{key}_scores") for key in ("chosen", "rejected")]  # written by make_pairs
     ended = [not isinstance(found, dict) or found.get("finished") != 0 for found in scores]
     return prompt, (chosen, ended[0]), (rejected, ended[1])
@@ -205,8 +200,10 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tupl
     for block in read_blocks(files, "reading pairs"):
         for where, record in records_of(block):
             try:
+                if isinstance(record, LeftOut):
+                    raise record
                 pairs.append(pair_of(record, where))
-            except records.LeftOut as reason:
+            except LeftOut as reason:
                 left_out[str(reason)] += 1
     mostly_left_out = left_out.total() > len(pairs)
     digests = {prompt: records.text_digest(prompt) for prompt, *_ in pairs}
