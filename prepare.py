@@ -34,15 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from common.files import (
-    Parser,
-    UserError,
-    atomic_write,
-    load_tokenizer,
-    locked,
-    report_errors,
-    sync_folder,
-)
+from common.files import Parser, UserError, atomic_write, load_tokenizer, locked, report_errors, sync_folder
 from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, template_tokens
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
@@ -65,8 +57,6 @@ def read_texts(block: tuple, args: argparse.Namespace) -> tuple[list[tuple[str, 
     found, dropped = list[tuple[str, ...]](), Counter[str]()
     for where, record in records_of(block):
         try:
-            if isinstance(record, LeftOut):
-                raise record
             if args.task == "sft":
                 examples = examples_of(record, where, args.text_key, args.augment)
                 found += [clean_texts(texts) for texts in examples]
@@ -106,9 +96,7 @@ def change_in(text: str, decoded: str) -> str:
 cached_tokenizer = functools.cache(load_tokenizer)  # a worker gets the same bytes with every block
 
 
-def encode_block(
-    block: tuple, args: argparse.Namespace, model: bytes, frames
-) -> tuple[list[EncodedText], Counter[str]]:
+def encode_block(block: tuple, args, model: bytes, frames) -> tuple[list[EncodedText], Counter[str]]:
     """Clean and encode the texts of a block. `frames` holds the control tokens before each part of a text."""
     tokenizer, encoded = cached_tokenizer(model, "tokenizer"), []
     found, dropped = read_texts(block, args)
@@ -355,7 +343,7 @@ def prepare(files: list[Path], args: argparse.Namespace) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Turn stories into tokens.", allow_abbrev=False)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs (default: our own stories)")
+    parser.add_argument("inputs", type=Path, nargs="*", metavar="INPUT", help="files, folders, globs (default: ours)")
     parser.add_argument("--task", choices=("pretrain", "sft"), default="pretrain", help="stories, or instructions")
     parser.add_argument("--augment", type=int, default=1, help="sft: differently ordered instructions for a story")
     parser.add_argument("--download", choices=DATASETS, help="fetch this dataset and prepare it")

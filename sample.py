@@ -6,7 +6,7 @@
     python sample.py --ckpt out/demo_sft --words 铲子,草地 --best_of 8          of eight stories the best
     python sample.py --ckpt out/demo_sft --interactive
 
-All stories are decoded as one batch with a KV cache; the first one streams to the terminal.
+Stories are decoded in batches with a KV cache; the first one streams to the terminal.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint, try_compile
 from common.files import Parser, UserError, load_tokenizer, report_errors
 from model import GPT
-from stories.constraints import NAMES, clean, read_constraints, template_tokens, write_constraints
+from stories.constraints import NAMES, clean, read_constraints, split_list, template_tokens, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
 BATCH = 64  # stories that are generated together
@@ -42,12 +43,13 @@ def sample_token(logits, seen, temperature: float, top_p: float, repetition_pena
     """The next token of each sequence, (B,), from logits, (B, V). seen, (B, V): which tokens have occurred.
 
     noise, (B, k): only the k most likely tokens remain, and of these the fewest that hold top_p of the probability
-    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0 the most likely token.
+    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0 the most likely token, and so where dividing by it could
+    overflow.
     """
     if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalized, logits)  # (B, V)
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)  # (B,)
     values, tokens = (logits.float() / temperature).topk(noise.size(1))  # (B, k), (B, k), the most likely first
     p = values.softmax(dim=-1)  # (B, k)
@@ -256,8 +258,8 @@ def sampling_options(args: argparse.Namespace) -> dict:
     for key in ("temperature", "top_k", "seed"):
         if not 0 <= getattr(args, key) < 2**63:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 0 and below 2**63")
-    if not 0 < args.top_p <= 1 or not args.repetition_penalty > 0:
-        raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
+    if not 0 < args.top_p <= 1 or not 0.01 <= args.repetition_penalty <= 100:
+        raise UserError("--top_p must lie in (0, 1], --repetition_penalty between 0.01 and 100")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "compile")
     return {name: getattr(args, name) for name in names}
 
@@ -269,7 +271,8 @@ def parse_arguments() -> argparse.Namespace:
     beginning.add_argument("--prompt", default="", help="how the stories begin")
     beginning.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     for name, key in NAMES.items():
-        parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}")
+        how = ", separated by , ， 、 ; or ；" if key in ("words", "features") else ""
+        parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}{how}")
     parser.add_argument("--instruction", default="", help="an instruction in your own words, instead of these")
     parser.add_argument("--num", type=int, help="stories to sample (default: 3; with --best_of 1)")
     parser.add_argument("--best_of", type=int, default=1, metavar="N", help="sample N for each story, show the best")
@@ -282,6 +285,9 @@ def parse_arguments() -> argparse.Namespace:
     for key in ("num", "best_of", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    for key in (*NAMES.values(), "instruction"):
+        if (value := getattr(args, key)) and not split_list(value):
+            raise UserError(f"--{key} {value!r}: asks for nothing")
     args.instruction = args.instruction or write_constraints({name: getattr(args, key) for name, key in NAMES.items()})
     if args.interactive and (args.instruction or args.prompt or args.prompt_file):
         raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
@@ -293,9 +299,10 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def batch_sizes(total: int) -> list[int]:
-    """The sizes of the batches in which `total` stories are generated: memory does not grow with them."""
-    return [min(BATCH, total - first) for first in range(0, total, BATCH)]
+def batches(total: int) -> tqdm:
+    """The sizes of the batches for `total` stories, so that they fit in memory; of several a bar shows the progress."""
+    sizes = [min(BATCH, total - first) for first in range(0, total, BATCH)]
+    return tqdm(sizes, unit="batch", delay=1e-3, leave=False, disable=None if len(sizes) > 1 else True)
 
 
 def described(found: dict) -> str:
@@ -311,17 +318,20 @@ def described(found: dict) -> str:
 
 
 def ask(names: list[str]):
-    """Yield what the user types for each name, as a dict, until the input ends."""
+    """Yield what the user types for each name, as a dict, until the input ends; what is then open is skipped."""
+    if sys.stdin is None:
+        raise UserError("--interactive: standard input is closed")
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper
-    while True:
+    line = "\n"
+    while line:
         answers = {}
         for name in names:
-            if sys.stdin.isatty():
+            if line and sys.stdin.isatty():
                 print(f"{name}: ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline()):
-                return  # Ctrl-D
+            line = line and sys.stdin.readline()  # empty at the end
             answers[name] = line.rstrip("\n")
-        yield answers
+        if line or any(answers.values()):
+            yield answers
 
 
 def main() -> None:
@@ -337,9 +347,8 @@ def main() -> None:
         if not can_choose(constraints):
             known = "--words, --sentence or --features 对话"
             raise UserError(f"--best_of {args.best_of}: nothing to choose by; it counts what {known} ask for")
-        sizes = batch_sizes(args.best_of)
         for i in range(args.num):
-            best = list[tuple]()
+            best, sizes = list[tuple](), batches(args.best_of)
             for n, size in enumerate(sizes):
                 seeded = options | {"seed": options["seed"] + i * len(sizes) + n}
                 candidates = best + sample_and_score(model, tokenizer, [prompt] * size, **seeded)
@@ -353,12 +362,13 @@ def main() -> None:
         if args.best_of > 1:
             return print_best(instruction, prompt)
         write = functools.partial(print, end="", flush=True)
-        for n, size in enumerate(batch_sizes(args.num)):
-            write("\n---\n" if n else "")
+        for n, size in enumerate(batches(args.num)):
             seeded = options | {"seed": options["seed"] + n}
-            for story in generate_text(model, tokenizer, prompt, size, write, **seeded)[1:]:
-                write(f"\n---\n{story}")
-        write("\n")
+            stories = generate_text(model, tokenizer, prompt, size, None if n else write, **seeded)
+            if n == 0:
+                write("\n")  # after the first story, which is written
+            with tqdm.external_write_mode():
+                write("".join(f"---\n{story}\n" for story in stories[0 if n else 1 :]))
 
     if not args.interactive:
         return print_stories(args.instruction, args.prompt)

@@ -33,7 +33,7 @@ from train import RANK, LoopSettings, ShuffledDataset, open_tokens, process_grou
 class Settings(LoopSettings):
     """The loop's settings, where the weights come from, and what is trained."""
 
-    init_from: str = "out/demo"  # the pretrained checkpoint, or a run's folder for its newest
+    init_from: str = setting("out/demo", path=True)  # the pretrained checkpoint, or a run's folder for its newest
     lora_rank: int = setting(0, fixed=True)  # 0: train every weight; else only adapters of this rank
     lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
     merge: bool = False  # only write out_dir/merged.pt, the adapters merged

@@ -43,8 +43,8 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 class LoopSettings:
     """The settings of the training loop. Each script adds its own."""
 
-    data_dir: str = "data/demo"
-    out_dir: str = "out/demo"
+    data_dir: str = setting("data/demo", path=True)
+    out_dir: str = setting("out/demo", path=True)
     resume: bool = False  # continue from the newest checkpoint in out_dir
     # A step: gradient_accumulation_steps micro-batches of batch_size sequences of block_size tokens
     block_size: int = setting(256, at_least=1, fixed=True)
@@ -162,7 +162,7 @@ class TokenDataset(ShuffledDataset):
 def read_meta(folder: Path) -> tuple[dict, bytes]:
     """meta.json of a prepared folder, and the bytes of its tokenizer. Raises UserError."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8-sig"))
         meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"], meta["end_token"]  # raises KeyError
         return meta, (folder / "tokenizer.model").read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -20,23 +20,37 @@ except ImportError:  # Windows
 # Errors of the user: one line, exit status 2, no traceback. A bug of ours shows its traceback.
 
 
-class UserError(Exception):
+class UserError(argparse.ArgumentTypeError):
     """Something the user can fix. The message names the file or key, what was found, and what to do."""
 
 
+def user_path(text: str, name: str = "") -> Path:
+    """A path as typed, with ~ for the home folder. Raises UserError; argparse puts the option's name before it."""
+    if not text.strip() or min(text) < " ":
+        raise UserError(f"{name}{text!r}: empty, or with a control character; write / for a backslash, or double it")
+    return Path(os.path.expanduser(text))
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a UserError."""
+    """An argument parser whose errors are a UserError, and whose paths are read by `user_path`."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("type", Path, user_path)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        hint = ", or write --option=VALUE if it begins with -" if "expected one argument" in message else ""
+        raise UserError(f"{message}{hint}; see --help")
 
 
 def report_errors(main) -> None:
     """Call main(). A UserError, or an error of the system, is printed in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show Chinese prints \u5c0f instead
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return main()
+    except BrokenPipeError:  # the reader of the output has gone, as in | head: end as SIGPIPE would
+        os._exit(141)
     except UserError as e:
         message = str(e)
     except OSError as e:
@@ -47,7 +61,7 @@ def report_errors(main) -> None:
         out_of_memory = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)  # on GPU, on CPU
         if isinstance(e, RuntimeError) and not out_of_memory:
             raise
-        message = f"out of memory ({str(e).splitlines()[0] if str(e) else 'none left'}); try a smaller batch_size"
+        message = f"out of memory ({(str(e) or 'none left').splitlines()[0]}); try a smaller batch_size or --num"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

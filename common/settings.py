@@ -8,22 +8,22 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError
+from common.files import UserError, user_path
 
 RENAMED = {"cooldown": "decay_fraction", "eval_blocks": "eval_sequences"}  # old name -> new name
 
 
-def setting(default, at_least: float = 0, below: float = 2**63, choices: tuple[str, ...] = (), fixed=False) -> Any:
-    """A dataclass field with its range: at_least <= value < below for numbers, one of `choices` for text.
+def setting(default, at_least: float = 0, below=2**63, choices: tuple[str, ...] = (), path=False, fixed=False) -> Any:
+    """A dataclass field with its range: at_least <= value < below for numbers, one of `choices` or a `path` for text.
 
     A `fixed` setting cannot change when a run is resumed.
     """
-    metadata = {"at_least": at_least, "below": below, "choices": choices, "fixed": fixed}
+    metadata = {"at_least": at_least, "below": below, "choices": choices, "path": path, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_ranges(settings) -> None:
-    """Raise a UserError that names the first setting outside its range."""
+    """Raise a UserError that names the first setting outside its range. In paths, expand ~."""
     for field in dataclasses.fields(settings):
         value, limits = getattr(settings, field.name), setting(None).metadata | field.metadata
         least, end = limits["at_least"], limits["below"]
@@ -31,6 +31,8 @@ def check_ranges(settings) -> None:
             raise UserError(f"{field.name} = {value}: must be at least {least} and below {end}")
         if limits["choices"] and value not in limits["choices"]:
             raise UserError(f"{field.name} = {value!r}: must be one of {', '.join(map(repr, limits['choices']))}")
+        if limits["path"] and value != field.default:
+            setattr(settings, field.name, str(user_path(value, f"{field.name} = ")))
 
 
 def read_config(path: str) -> dict:
@@ -41,6 +43,7 @@ def read_config(path: str) -> dict:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         line, reason = getattr(e, "lineno", None) or 1, str(e) or type(e).__name__
+        reason += "; write / for a backslash" * ("unicodeescape" in reason)
         raise UserError(f"{path}:{line}: cannot be read ({reason})") from None
     values = {}
     for node in tree.body:
@@ -48,12 +51,12 @@ def read_config(path: str) -> dict:
             match node:
                 case ast.Expr(ast.Constant()):
                     pass  # the text at the top
-                case ast.Assign([ast.Name(name)], value):
+                case ast.Assign([ast.Name(name)], value) if name not in values:
                     values[name] = ast.literal_eval(value)
                 case _:
                     raise ValueError
         except (ValueError, TypeError, RecursionError, MemoryError):
-            allowed = "only `name = value` may stand here, with a number, a text, True or False"
+            allowed = "only `name = value` may stand here, once for each name, with a number, a text, True or False"
             raise UserError(f"{path}:{node.lineno}: {allowed}") from None
     return values
 
@@ -77,9 +80,8 @@ def load_settings(arguments: list[str], cls: type, usage: str):
 
     for argument in arguments:
         if argument in ("-h", "--help"):
-            print(usage + "\nSettings and their defaults:")
-            for field in dataclasses.fields(cls):
-                print(f"    --{field.name}={field.default}")
+            defaults = (f"    --{field.name}={field.default}" for field in dataclasses.fields(cls))
+            print(usage + "\nSettings and their defaults:", *defaults, sep="\n")
             sys.exit()
         elif argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)

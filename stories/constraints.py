@@ -22,11 +22,9 @@ SYNONYMS |= dict.fromkeys(("随机句", "随机的句子"), "随机句子")
 
 # What nobody sees: white space, control characters, and what Unicode calls default ignorable (UAX #44). Of these,
 # variation selectors and tags change the character before them, as in many emoji: they may end a text, not begin it.
-UNSEEN = "\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180e\u2800\u3000\u3164\ufeff\uffa0" + "".join(
-    chr(code)
-    for first, last in ((0, 0x20), (0x7F, 0xA0), (0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0xFFF0, 0xFFFB))
-    for code in range(first, last + 1)
-)
+UNSEEN = "\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180e\u2800\u3000\u3164\ufeff\uffa0"
+UNSEEN += "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1), *range(0x2000, 0x2010), *range(0x2028, 0x2030)]))
+UNSEEN += "".join(map(chr, [*range(0x205F, 0x2070), *range(0xFFF0, 0xFFFC)]))
 SELECTORS = "".join(map(chr, [*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0000, 0xE01F0)]))
 
 

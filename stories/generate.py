@@ -6,14 +6,13 @@ stories/README.md explains the format of a plot. The same plots give the same by
 of randomness is `random.Random.random`, whose sequence Python guarantees.
 """
 
-import argparse
 import json
 import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.files import atomic_write
+from common.files import Parser, atomic_write, report_errors
 
 HERE = Path(__file__).parent
 MIN_CHARS, MAX_CHARS = 120, 300
@@ -187,7 +186,7 @@ def write_corpus(path: Path, count: int = 24_000) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description="Write the embedded corpus.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="write the corpus to this file")
     parser.add_argument("--count", type=int, default=24_000)
     args = parser.parse_args()
@@ -195,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_errors(main)

@@ -41,39 +41,29 @@ class LeftOut(Exception):
     """A record that cannot be used. The message is the reason, for the report."""
 
 
-class Decoder(json.JSONDecoder):
-    """JSON; for a value with an object that has a key twice, a LeftOut."""
-
-    def __init__(self):
-        super().__init__(object_pairs_hook=self.object_of)
-
-    def object_of(self, pairs: list[tuple]) -> dict:
-        self.twice |= len(found := dict(pairs)) < len(pairs)
-        return found
-
-    def raw_decode(self, s: str, idx: int = 0):
-        self.twice = False
-        value, end = super().raw_decode(s, idx)
-        return LeftOut("duplicate_key") if self.twice else value, end
+def object_of(pairs: list[tuple]):
+    """A JSON object as a dict; a LeftOut if a key stands twice in it, or in an object in it."""
+    found = dict(pairs)
+    inner = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in found.values())
+    return LeftOut("duplicate_key") if len(found) < len(pairs) or LeftOut in map(type, inner) else found
 
 
-def find_inputs(inputs: list[str]) -> list[Path]:
+def find_inputs(inputs: list[Path]) -> list[Path]:
     """The files of files, folders and globs, in a fixed order, without hidden ones. Raises UserError.
 
     What a folder or a glob has beside them is named on stderr.
     """
     files, not_read = [], []
-    for name in inputs:
-        path = Path(name)
-        pattern = f"{glob.escape(name)}/**" if path.is_dir() else name
+    for path in inputs:
+        pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else str(path)
         present = [p for p in sorted(map(Path, glob.glob(pattern, recursive=True))) if p.is_file()]
         if path.exists() and not path.is_dir():  # a name may hold a bracket; a pipe may be named
             present = [path]
         found = [p for p in present if is_story_file(p, named=p == path)]
         if not present:
-            raise UserError(f"{name}: no such file, or an empty folder")
+            raise UserError(f"{path}: no such file, or an empty folder")
         if not found:
-            raise UserError(f"{name}: nothing here can be read as stories ({KNOWN}); it holds {shortened(present)}")
+            raise UserError(f"{path}: nothing here can be read as stories ({KNOWN}); it holds {shortened(present)}")
         files += found
         not_read += [p for p in present if p not in set(found)]
     if not_read:
@@ -238,7 +228,8 @@ def split_stream(stream, separator: bytes, name: str, rest: bytes):
 
 def read_json(stream, name: str):
     """Stream the elements of one JSON list, so that the file can be larger than memory."""
-    reader, decode = codecs.getreader("utf-8-sig")(stream), Decoder().raw_decode
+    reader = codecs.getreader("utf-8-sig")(stream)
+    decode = json.JSONDecoder(object_pairs_hook=object_of).raw_decode
     text, at, line, number = reader.read(BLOCK), 0, 1, 0
     check_content(text[:64].encode(), ".json", name)
     if not text.lstrip().startswith("["):
@@ -311,7 +302,6 @@ def records_of(block: tuple):
         line += data.count(b"\n", 0, e.start)
         raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); {NOT_UTF8}") from None
     text = text.removeprefix(BOM).replace(f"\n{BOM}", "\n")  # files that were joined have one inside
-    decoder = Decoder()
     if kind != "jsonl":
         for story in text.split(kind):
             yield f"{name}:{line}", story
@@ -319,7 +309,7 @@ def records_of(block: tuple):
     for number, row in enumerate(text.split("\n"), line):
         if row and not row.isspace():
             try:
-                record = decoder.decode(row)
+                record = json.loads(row, object_pairs_hook=object_of)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{name}:{number}: malformed JSON ({e})") from None
             yield f"{name}:{number}", record

@@ -24,7 +24,8 @@ PROMPTS = ("instruction", "prompt", "query", "question", "input")  # beside a re
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 EXTRAS = {"history": "history", "system": "system prompt"}  # what the template has no place for
-CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f]")  # all but the tab and the line end: in a story a sign of damage
+# Control characters, a sign of damage; and what SentencePiece writes for a space, and would decode to one.
+UNENCODABLE = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u2581]")
 
 
 def text_digest(*texts: str) -> int:
@@ -46,10 +47,8 @@ def clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
         raise LeftOut("not_unicode") from None
     if not all(texts):
         raise LeftOut("empty")
-    if any("\u2581" in text for text in texts):  # SentencePiece writes a space so, and would decode it to a space
+    if any(map(UNENCODABLE.search, texts)):
         raise LeftOut("unencodable")
-    if any(map(CONTROL.search, texts)):
-        raise LeftOut("control_character")
     return texts
 
 
@@ -58,8 +57,7 @@ def keys_of(record: dict) -> str:
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text at a key; null, NaN (pandas writes it for null) and a missing key are empty, as is text that nobody
-    sees. Raises UserError."""
+    """The text at a key; null, NaN (pandas writes it for null), what nobody sees and no key: "". Raises UserError."""
     value = record.get(key)
     if value is None or value != value:
         return ""
@@ -70,6 +68,8 @@ def text_of(record: dict, key: str, where: str) -> str:
 
 def story_of(record, where: str, text_key: str) -> str:
     """The story of a record. Raises UserError."""
+    if isinstance(record, LeftOut):
+        raise record
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):

@@ -44,9 +44,9 @@ from train import RANK, WORLD_SIZE, LoopSettings, ShuffledDataset, process_group
 class Settings(LoopSettings):
     """The loop's settings, where pairs come from, and the loss."""
 
-    init_from: str = "out/demo_sft"  # the checkpoint to start from; it is also the reference
+    init_from: str = setting("out/demo_sft", path=True)  # the checkpoint to start from; it is also the reference
     # The pairs: from a file, or the model's own stories for instructions of data_dir, scored by stories/rewards.py
-    pairs: str = ""  # a .jsonl or .json file of prompt, chosen and rejected; empty: make them
+    pairs: str = setting("", path=True)  # a .jsonl or .json file of prompt, chosen and rejected; empty: make them
     make_pairs: bool = False  # make the pairs and stop
     instructions: int = setting(400, at_least=1)
     samples: int = setting(4, at_least=1)  # stories for each instruction; the best and the worst are a pair
@@ -152,6 +152,8 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
     The prompt and both responses are texts or conversations, as TRL, minimind, UltraFeedback and LLaMA-Factory write
     them.
     """
+    if isinstance(record, LeftOut):
+        raise record
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
         found = f"; the keys here are {records.keys_of(record)}" if isinstance(record, dict) else ""
         raise UserError(f"{where}: expected an object with prompt, chosen and rejected{found}")
@@ -200,8 +202,6 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tupl
     for block in read_blocks(files, "reading pairs"):
         for where, record in records_of(block):
             try:
-                if isinstance(record, LeftOut):
-                    raise record
                 pairs.append(pair_of(record, where))
             except LeftOut as reason:
                 left_out[str(reason)] += 1
@@ -296,7 +296,7 @@ def tune(s: Settings) -> None:
     if s.make_pairs:
         return
 
-    files = find_inputs([s.pairs]) if s.pairs else [path]
+    files = find_inputs([Path(s.pairs)]) if s.pairs else [path]
     train_data, val_data = read_pairs(files, template, tokenizer, s)
     for data in (train_data, val_data):  # now, so that no second model stays in memory
         add_reference(data, model, device, dtype, s)

@@ -76,7 +76,7 @@ def estimate(path: Path, vocab_size: int, sequences: int) -> Estimate:
     s = load_settings([str(path)], kind, "")
     meta = Path(s.data_dir, "meta.json")
     if meta.exists():
-        read = json.loads(meta.read_text(encoding="utf-8"))
+        read = json.loads(meta.read_text(encoding="utf-8-sig"))
         vocab_size = read["vocab_size"]
         sequences = read["train"]["tokens"] // s.block_size
     with torch.device("meta"):  # the shape alone, no memory

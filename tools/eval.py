@@ -113,6 +113,8 @@ def main() -> None:
     for key in ("num", "batch_size", "best_of"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     folder = args.data or Path(read_checkpoint(args.ckpt[-1])["settings"].get("data_dir", ""))
     columns = []
     for path in args.ckpt:

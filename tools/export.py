@@ -139,10 +139,13 @@ def chat_template(template: str, tokenizer) -> str:
     end = tokenizer.id_to_piece(tokenizer.eos_id())
     before, after = ("".join(map(tokenizer.id_to_piece, ids)) for ids in template_tokens(template, tokenizer))
     return (
-        f"{end}{{%- for message in messages -%}}{{%- if message['role'] == 'user' -%}}{before}"
-        f"{{{{- message['content'] | trim -}}}}{{%- elif message['role'] == 'assistant' -%}}{after}"
-        f"{{{{- message['content'] | trim -}}}}{end}{{%- else -%}}"
+        f"{end}{{%- for message in messages -%}}{{%- if message['role'] not in ('user', 'assistant') -%}}"
         f"{{{{- raise_exception('there are only user and assistant, no ' + message['role']) -}}}}{{%- endif -%}}"
+        f"{{%- set content = message['content'] -%}}{{%- if content is not string -%}}{{%- for part in content -%}}"
+        f"{{%- if part['type'] != 'text' -%}}{{{{- raise_exception('only text can be read, no ' + part['type']) -}}}}"
+        f"{{%- endif -%}}{{%- endfor -%}}{{%- set content = content | map(attribute='text') | join -%}}{{%- endif -%}}"
+        f"{{%- if message['role'] == 'user' -%}}{before}{{{{- content | trim -}}}}"
+        f"{{%- else -%}}{after}{{{{- content | trim -}}}}{end}{{%- endif -%}}"
         f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{after}{{%- endif -%}}"
     )
 
@@ -190,6 +193,7 @@ def export(path: Path, out_dir: Path) -> None:
     }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size}
     settings |= {"clean_up_tokenization_spaces": False, "add_prefix_space": False}
+    settings |= {"padding_side": "left"}  # or a story would begin after the padding of a shorter prompt
     names = {"bos_token": end, "eos_token": end, "pad_token": end, "unk_token": tokenizer.unk_id()}
     settings |= {name: tokenizer.id_to_piece(i) for name, i in names.items()}
     if checkpoint.get("template"):
@@ -219,7 +223,7 @@ def read_config(path: Path) -> tuple[dict, dict, bool]:
     """Of a config.json: the model's shape, the metadata of its checkpoint, whether its output matrix is its embedding.
     Raises UserError."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         for name, values in (FIXED | {"model_type": ("qwen3", "llama")}).items():
             if config.get(name) not in values:
                 raise ValueError(f"{name} = {config.get(name)!r}: this program has only {values[0]!r}")

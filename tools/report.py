@@ -54,7 +54,7 @@ def machine() -> str:
 def times_of(path: Path) -> str:
     """The seconds of each stage; a stage that was resumed has several lines, which are added up."""
     seconds = collections.Counter[str]()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         name, _, value = line.partition("\t")
         if not value.isdigit():
             raise UserError(f"{path}:{number}: expected a name, a tab and seconds")
@@ -92,7 +92,7 @@ def training_row(folder: Path) -> list[str]:
 def evaluation(folders: list[Path]) -> str:
     """The metrics of tools/eval.py, a column for each run that has them; empty if none has."""
     files = {folder.name: folder / "eval.json" for folder in folders if (folder / "eval.json").exists()}
-    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    found = {name: json.loads(file.read_text(encoding="utf-8-sig")) for name, file in files.items()}
     rows = [[label, *(shown(name, scores.get(name)) for scores in found.values())] for name, label in LABELS.items()]
     return table(["held-out instructions", *found], rows) if found else ""
 
