@@ -424,6 +424,9 @@ def check_run(s: LoopSettings, train_data: ShuffledDataset, val_data: ShuffledDa
             raise UserError(f"{data.path}: {missing}; lower block_size, or {advice}")
     if s.epochs:
         s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
+    if s.warmup_iters >= s.max_iters and RANK == 0:
+        share = f"{s.max_iters / s.warmup_iters:.0%} of learning_rate"
+        print(f"warmup_iters = {s.warmup_iters}: all {s.max_iters} steps are warm-up, up to {share}; lower it")
 
 
 def check_same_run(saved: dict, path: Path, s: LoopSettings, model: GPT, metadata: dict) -> None:

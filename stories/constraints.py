@@ -24,7 +24,7 @@ SYNONYMS |= dict.fromkeys(("随机句", "随机的句子"), "随机句子")
 # variation selectors and tags change the character before them, as in many emoji: they may end a text, not begin it.
 UNSEEN = "\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180e\u2800\u3000\u3164\ufeff\uffa0"
 UNSEEN += "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1), *range(0x2000, 0x2010), *range(0x2028, 0x2030)]))
-UNSEEN += "".join(map(chr, [*range(0x205F, 0x2070), *range(0xFFF0, 0xFFFC)]))
+UNSEEN += "".join(map(chr, [*range(0x205F, 0x2070), *range(0xFFF0, 0xFFFC), *range(0x1D173, 0x1D17B)]))
 SELECTORS = "".join(map(chr, [*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0000, 0xE01F0)]))
 
 

@@ -119,7 +119,7 @@ def refuse_extras(record: dict) -> None:
         raise LeftOut("labelled as false")
     for key, reason in EXTRAS.items():
         value = record.get(key)
-        if value.strip() if isinstance(value, str) else value:
+        if strip(value) if isinstance(value, str) else value:
             raise LeftOut(reason)
 
 
@@ -146,7 +146,7 @@ def response_key(record, text_key: str, where: str) -> str | None:
         raise UserError(f"{where}: holds {both}; which is the response? rename or remove the other")
     if present:
         return present[0]
-    prompts = [key for key in PROMPTS if isinstance(record.get(key), str) and record[key].strip()]
+    prompts = [key for key in PROMPTS if isinstance(record.get(key), str) and strip(record[key])]
     if prompts and text_key not in record:
         missing = f"holds the prompt {prompts[0]!r}, but no response ({', '.join(PAIRS)})"
         raise UserError(f"{where}: {missing}; the keys here are {keys_of(record)}")

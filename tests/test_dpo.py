@@ -183,7 +183,6 @@ GOOD, BAD = ({"role": "assistant", "content": text} for text in "好坏")
         {"prompt": "问", "chosen": "好"},
         {"chosen": "好", "rejected": "坏"},
         {"prompt": "问", "chosen": 3, "rejected": "坏"},
-        {"prompt": "\ud83d", "chosen": "好", "rejected": "坏"},
         {"prompt": "别的", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         {"prompt": "问", "query": "别的", "chosen": "好", "rejected": "坏"},
         {"prompt": 3, "chosen": "好", "rejected": "坏"},
@@ -393,6 +392,9 @@ def test_two_processes_prefer_as_one(preferred, tuned, tiny_sft, tmp_path):
 UNUSABLE = {
     "empty": {"prompt": "问", "chosen": " \n", "rejected": "坏"},
     "the same": {"prompt": "问", "chosen": "好 ", "rejected": "好"},
+    "not_unicode": {"prompt": "\ud83d", "chosen": "好", "rejected": "坏"},
+    "unencodable": {"prompt": "问", "chosen": "好\0的", "rejected": "坏"},
+    "empty ": {"prompt": "问", "chosen": "\u200b\ufeff", "rejected": "坏"},
     "system prompt": {"prompt": "问", "system": "你是猫", "chosen": "好", "rejected": "坏"},
     "history": {"prompt": "问", "history": [["早", "好"]], "chosen": "好", "rejected": "坏"},
     "several turns ": {"chosen": [GOOD, ASK], "rejected": [ASK, BAD]},

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT, assert_one_line_error, run_script, script_here
+from conftest import ROOT, assert_one_line_error, reference_strip, run_script, script_here
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prepare
 import stories.read
 from common.files import UserError, load_tokenizer
+from stories.constraints import clean
 from stories.read import find_inputs, read_blocks, records_of
 from stories.records import story_of
 
@@ -47,7 +48,7 @@ ONE_LINE = [s for s in STORIES if "\n" not in s]
 
 def reference_clean(text):
     """The promise of the cleaning, said a second time."""
-    return unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
+    return reference_strip(unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)))
 
 
 def jsonl(stories, **dumps):
@@ -458,9 +459,10 @@ def test_cleaning_and_counts(tmp_path):
         "  猫和狗。 \n", "猫和狗。",  # equal once cleaned
         "cafe\u0301 第一", "café 第一", "caf\u00e9 第一\r\n",  # NFD and NFC
         "一\r\n二\r三\n四", "一\n二\n三\n四",
-        "", "   ", "\r\n\t ", "\u3000",  # empty
-        "下划▁线", "▁",  # SentencePiece's own space
-        "双  空格\t和\t制表", "\ufeff有记号", "零\0字节", "😀👨‍👩‍👧",
+        "", "   ", "\r\n\t ", "\u3000", "\u200b", "\ufeff \u200d\ufe0f", "\0\x1b", "\u3164\u2800",
+        "\u202e\xad\n",  # until here empty
+        "下划▁线", "▁", "零\0字节", "换\v行", "红\x1b[31m字", "删\x7f除", "下\x85行",  # control
+        "双  空格\t和\t制表", "\ufeff有记号\u200b", "😀👨‍👩‍👧", "爱❤\ufe0f", "旗🏴\U000e0067\U000e007f", "零\u200b宽",
         *STORIES,
     ]  # fmt: skip
     halves = ['{"story_zh": "\\ud800 半个"}\n', '{"story_zh": "半个 \\udc00"}\n', '{"story_zh": "\\udc00\\ud800"}\n']
@@ -469,11 +471,12 @@ def test_cleaning_and_counts(tmp_path):
     make(tmp_path / "out", file)
 
     cleaned = [reference_clean(t) for t in [*raw, "😀 两半成一个"]]
-    kept = [t for t in cleaned if t and "▁" not in t]
+    kept = [t for t in cleaned if t and not re.search("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f▁]", t)]
     unique = list(dict.fromkeys(kept))
     found = assert_holds(tmp_path / "out", unique)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["dropped"] == {"duplicate": len(kept) - len(unique), "empty": 4, "not_unicode": 3, "unencodable": 2}
+    assert meta["dropped"] == {"duplicate": len(kept) - len(unique), "empty": 9, "not_unicode": 3, "unencodable": 7}
+    assert {"有记号", "爱❤\ufe0f", "旗🏴\U000e0067\U000e007f", "零\u200b宽", "😀👨‍👩‍👧"} <= set(unique)
     for split, texts in found.items():
         assert meta[split] == {
             "stories": len(texts),
@@ -561,8 +564,8 @@ def assert_round_trip(tokenizer, text):
 @example("".join(TRICKY))
 def test_round_trip_of_any_text(tokenizer, text):
     """Whatever is in a text: once cleaned it comes back as it was, and made no control token."""
-    cleaned = prepare.clean(text)
-    assert cleaned == reference_clean(text) == prepare.clean(cleaned)
+    cleaned = clean(text)
+    assert cleaned == reference_clean(text) == clean(cleaned)
     if "▁" not in cleaned:
         assert_round_trip(tokenizer, cleaned)
 
@@ -571,7 +574,7 @@ def test_round_trip_of_any_text(tokenizer, text):
 @given(any_text)
 @example("".join(TRICKY))
 def test_round_trip_with_chatglm(chatglm, text):
-    cleaned = prepare.clean(text)
+    cleaned = clean(text)
     if "▁" not in cleaned:
         assert_round_trip(chatglm, cleaned)
 
@@ -1149,5 +1152,5 @@ def test_no_input_means_the_embedded_corpus(tmp_path):
 def test_find_inputs_in_a_fixed_order(tmp_path):
     for name in ("b/2.txt", "a/1.csv", "c.jsonl", "b/10.txt.gz", "z.tar.gz", "b/no.md"):
         write(tmp_path / name, b"")
-    found = [str(p.relative_to(tmp_path)) for p in find_inputs([str(tmp_path)])]
+    found = [str(p.relative_to(tmp_path)) for p in find_inputs([tmp_path])]
     assert found == ["a/1.csv", "b/10.txt.gz", "b/2.txt", "c.jsonl", "z.tar.gz"]

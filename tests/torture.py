@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch._dynamo  # every training loads it: here once, for all that are forked
-from conftest import meta_of, metrics_of, reseal, run_script, script_here, tiny, tuning
+from conftest import meta_of, metrics_of, reference_strip, reseal, run_script, script_here, tiny, tuning
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, same, same_state
@@ -808,8 +808,9 @@ def part_hostile(ground, short):
 
 def reference_clean(text):
     """What prepare.py's documentation promises, said once more."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
-    return None if not text or "\u2581" in text or any("\ud800" <= c <= "\udfff" for c in text) else text
+    text = reference_strip(unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    kinds = {unicodedata.category(c) for c in text if c not in "\n\t"}
+    return None if not text or "\u2581" in text or kinds & {"Cc", "Cs"} else text
 
 
 NASTY = [
