@@ -179,7 +179,7 @@ def test_the_whole_command(tuned, pretrained, tiny_sft, tmp_path):
     for text in ("12 held-out", "stories with all their words", f"{figures['bits_per_char']:.2f}",
                  f"{figures['finished']:.1%}"):  # fmt: skip
         assert text in done.stdout
-    other = figures_of(tmp_path / "other.json", "--ckpt", pretrained, "--data", tiny_sft, "--num", 12)
+    other = figures_of(tmp_path / "a" / "b" / "other.json", "--ckpt", pretrained, "--data", tiny_sft, "--num", 12)
     assert figures["bits_per_char"] < other["bits_per_char"] - 0.3  # the tuned model has learned something
 
 
@@ -282,7 +282,9 @@ def test_what_is_not_there(tuned, tiny_data, tmp_path):
     assert_one_line_error(eval_here("--ckpt", tuned, "--data", tiny_data), tiny_data, "instructions", "--task sft")
     assert_one_line_error(eval_here(), "--ckpt")
     assert_one_line_error(run_script("-m", "tools.eval", "--ckpt", tmp_path / "none", check=False), tmp_path / "none")
-    assert_one_line_error(eval_here("--ckpt", tuned, "--num", 1, "--json", tmp_path / "none" / "a.json"), "a.json")
+    (tmp_path / "file").write_text("a file")
+    done = eval_here("--ckpt", tmp_path / "none", "--json", tmp_path / "file" / "a.json")
+    assert_one_line_error(done, tmp_path / "file")  # at once, before anything is evaluated
 
 
 @pytest.mark.parametrize(

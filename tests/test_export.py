@@ -283,7 +283,7 @@ def test_only_what_is_known_is_kept(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     config["microstories"] |= {"lora": {"rank": 10**9, "alpha": 1.0}, "optimizers": []}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")  # as Notepad saves it
     assert export_here("--from_hf", tmp_path / "hf", "--out_dir", tmp_path / "out").returncode == 0
     assert not {"lora", "optimizers"} & read_checkpoint(tmp_path / "out").keys()
 

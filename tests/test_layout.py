@@ -5,7 +5,7 @@ import functools
 import subprocess
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 
 SCRIPTS = ["model.py", "prepare.py", "sample.py", "sft.py", "train.py"]
 LONGEST, LONGEST_TRAIN = 90, 130  # lines of a function; of train(), which is to be read from top to bottom
@@ -63,6 +63,13 @@ def test_no_function_is_long():
                 lines = node.end_lineno - node.lineno + 1
                 limit = LONGEST_TRAIN if (path.name, node.name) == ("train.py", "train") else LONGEST
                 assert lines <= limit, f"{path.name}: {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("tool", sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "common"))
+def test_a_tool_started_as_a_file_says_how(tool):
+    """`python tools/eval.py` does not find the packages beside tools/: one line instead of a traceback."""
+    done = run_script(f"tools/{tool}.py", check=False)
+    assert_one_line_error(done, f"python -m tools.{tool}")
 
 
 def test_sampling_does_not_load_the_compiler(pretrained):

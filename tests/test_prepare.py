@@ -340,6 +340,17 @@ def test_null_stories_are_empty(base, tmp_path):
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["dropped"]["empty"] == 2
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_twice_in_a_record(name, base, tmp_path):
+    """No value of the two is taken: the record is left out and counted, wherever in it the object is."""
+    rows = [json.dumps({"story_zh": text}) for text in STORIES]
+    rows += ['{"story_zh": "一。", "story_zh": "二。"}', '{"story_zh": "三。", "a": {"b": [{"c": 1, "c": 1}]}}']
+    data = "\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]"
+    make(tmp_path / "out", write(tmp_path / name, data.encode()), tokenizer=base / "tokenizer.model")
+    assert_holds(tmp_path / "out", STORIES)
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["dropped"]["duplicate_key"] == 2
+
+
 def test_one_very_long_story(base, tmp_path):
     """A novel in one record: 200,000 characters without a line end go through the tokenizer's training."""
     novel = "".join(random.Random(1).choice("小狗猫兔熊走跑跳飞了到在的一天山水") for _ in range(200_000))

@@ -1,11 +1,14 @@
 """Telling stories: the same seed, whole characters, prompts of every kind, and bad input."""
 
+import fcntl
 import functools
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +23,7 @@ from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from common.files import load_tokenizer
 from model import GPT, ModelConfig
 from sample import generate_text
-from stories.constraints import write_constraints
+from stories.constraints import split_list, write_constraints
 from stories.rewards import reward
 
 
@@ -94,6 +97,13 @@ def greedy(model, tokenizer, prompt, limit):
     return tokenizer.decode(story)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-7, 1e-20, 1e-37, 1e-38, 1e-45, 1e-320])
+def test_temperatures_near_0_are_greedy(temperature, ckpt, loaded):
+    """Dividing by them would give infinities, and of these the first token, whatever it is."""
+    args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 40, "--top_k", 0)
+    assert stories(*args, "--temperature", temperature) == greedy(*loaded, "", 40) + "\n"
+
+
 @pytest.mark.parametrize("prompt", ["", "从前", "小兔子说：“你好！”\n"])
 def test_top_k_1_and_temperature_0_are_the_likeliest(prompt, ckpt, loaded):
     args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 40, "--prompt", prompt)
@@ -144,6 +154,24 @@ def test_spellings_of_control_tokens_stay_text(prompt, ckpt, loaded):
 def test_prompts_are_cleaned_as_stories_are(ckpt):
     args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 20)
     assert stories(*args, "--prompt", " 从前\r\n有e\u0301 ") == stories(*args, "--prompt", "从前\n有é")
+    assert stories(*args, "--prompt", "\ufeff从前\u200b") == stories(*args, "--prompt", "从前")
+
+
+@pytest.mark.parametrize(
+    "words", ["森林\u200b,小鸟", "\ufeff森林；小鸟\u2060", "森林;小鸟", "森林\u3000小鸟", "森林 小鸟", "森林\n小鸟"]
+)
+def test_words_as_people_paste_them(words, tuned):
+    """Each separator, and what nobody sees at the ends of words: the same story, found to have the same words."""
+    args = ("--ckpt", tuned, "--best_of", 4, "--max_new_tokens", 60)
+    plain, done = sample_here(*args, "--words", "森林,小鸟"), sample_here(*args, "--words", words)
+    assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)
+
+
+def test_separators_are_named(tuned):
+    assert split_list("ice cream, 太阳镜") == ["ice cream", "太阳镜"]
+    assert " separated by , ， 、 ; or ；" in " ".join(sample_here("--help").stdout.split())
+    for option in (("--words", "，;"), ("--summary", "\u200b"), ("--instruction", " ")):
+        assert_one_line_error(sample_here("--ckpt", tuned, *option), option[0], "asks for nothing")
 
 
 def test_best_of(tuned):
@@ -227,6 +255,65 @@ def test_interactive(ckpt):
         assert process.stdout.read(len(expected.encode())).decode() == expected
     rest, _ = process.communicate()
     assert not rest and process.returncode == 0
+
+
+@pytest.mark.parametrize("stdin", ["帽子,消防员\n", "帽子,消防员", "\ufeff帽子，消防员\n", "帽子;消防员\u200b\r\n"])
+def test_answers_that_end_early(stdin, tuned):
+    """At the end of the input the questions left are skipped. A byte order mark is no part of an answer."""
+    args = ("--num", 2, "--max_new_tokens", 30, "--temperature", 1.0)
+    done = run_script_with(stdin, "sample.py", "--ckpt", tuned, "--interactive", *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == stories("--ckpt", tuned, *args, "--words", "帽子，消防员") and len(done.stdout) > 10
+
+
+def run_script_with(stdin, *args):
+    command = [sys.executable, *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, input=stdin.encode(), capture_output=True)
+    return SimpleNamespace(returncode=done.returncode, stdout=done.stdout.decode(), stderr=done.stderr.decode())
+
+
+def test_no_input_to_read_answers_from(ckpt):
+    """Closed, as some schedulers start programs: one line. Empty: nothing to tell."""
+    command = f"{sys.executable} sample.py --ckpt {ckpt} --interactive"
+    done = subprocess.run(f"{command} <&-", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert_one_line_error(done, "--interactive", "standard input")
+    done = run_script_with("", "sample.py", "--ckpt", ckpt, "--interactive")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "script", ["--num 100000 --max_new_tokens 2 | head -n 1", "--num 1 | head -c 1", "--help | head -n 1"]
+)
+def test_a_reader_that_has_gone(script, ckpt):
+    """| head: it ends soon, without a word."""
+    command = f"{sys.executable} sample.py --ckpt {ckpt} --device cpu {script}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.stdout and done.stderr == b"" and done.stdout.count(b"\n") <= 1
+
+
+def test_output_that_cannot_be_written(ckpt):
+    command = f"{sys.executable} sample.py --ckpt {ckpt} --num 1 --max_new_tokens 2"
+    done = subprocess.run(f"{command} > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert_one_line_error(done, "No space left")
+    done = subprocess.run(f"{command} >&-", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bar_for_several_batches(ckpt):
+    """On a terminal, from the end of the first batch on; a pipe gets the stories alone, the same ones."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    args = ("--ckpt", ckpt, "--num", 130, "--max_new_tokens", 60)
+    command = [sys.executable, "sample.py", *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=slave) as process:
+        out = process.stdout.read().decode()
+    os.close(slave)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "1/3" in shown and "2/3" in shown
+    assert out == stories(*args) and out.count("---\n") == 129
 
 
 def test_options_that_answer_the_same_question(ckpt, tmp_path):
@@ -365,7 +452,7 @@ def test_prompt_too_long(ckpt, loaded):
         ("temperature", ["-0.1", "nan"]),
         ("top_k", ["-1"]),
         ("top_p", ["0", "-0.5", "1.01", "nan"]),
-        ("repetition_penalty", ["0", "-1", "nan"]),
+        ("repetition_penalty", ["0", "-1", "nan", "inf", "1e-40"]),
         ("seed", ["-1", str(2**64), "9" * 30]),
         ("device", ["banana", "meta", "cuda:x"]),
     ],
@@ -385,9 +472,27 @@ def test_what_is_no_option(args, ckpt):
     assert sample_here(*args).returncode == 2
 
 
+def test_a_prompt_that_begins_with_a_dash(ckpt):
+    assert_one_line_error(sample_here("--ckpt", ckpt, "--prompt", "-从前"), "--prompt", "--option=VALUE")
+    assert stories("--ckpt", ckpt, "--prompt=-从前", "--num", 1, "--max_new_tokens", 2).startswith("-从前")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_cuda_asked_for_and_absent(ckpt):
     assert_one_line_error(sample_here("--ckpt", ckpt, "--device", "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("path", ["", " ", "out\new", "a\tb"])
+def test_paths_that_cannot_be(path):
+    assert_one_line_error(sample_here("--ckpt", path), "--ckpt", repr(path))
+    assert_one_line_error(sample_here("--ckpt", "x", "--prompt_file", path), "--prompt_file", repr(path))
+
+
+def test_home_folder(ckpt, monkeypatch):
+    """Also where no shell expands it, as in --ckpt=~/model.pt."""
+    args = ("--num", 1, "--max_new_tokens", 5)
+    monkeypatch.setenv("HOME", str(ckpt.parent))
+    assert stories(f"--ckpt=~/{ckpt.name}", *args) == stories("--ckpt", ckpt, *args)
 
 
 def test_missing_checkpoint(tmp_path):

@@ -1,5 +1,6 @@
 """Settings are parsed and checked, never executed; every mistake gets one line that names the key."""
 
+import ast
 import dataclasses
 from types import SimpleNamespace
 
@@ -141,6 +142,51 @@ def test_code_is_refused_and_not_run(code, config, refused, tmp_path):
 def test_what_is_not_python_is_refused(text, where, config, refused):
     path = config(text)
     assert_one_line_error(refused(path), f"{path}{where}")
+
+
+def test_a_file_of_windows_notepad(config):
+    """A byte order mark at its start, lines that end in a carriage return and a line feed."""
+    path = config("max_iters = 5\r\nout_dir = 'a'\r\n".encode("utf-8-sig"))
+    assert load_settings([str(path)], Settings, "") == dataclasses.replace(Settings(), max_iters=5, out_dir="a")
+
+
+def test_a_name_twice_in_a_file(config, refused):
+    """The later one would win, unseen. Another file, or the command line, may say it again."""
+    path = config("max_iters = 5\nseed = 2\nmax_iters = 7\n")
+    assert_one_line_error(refused(path), f"{path}:3: ", "once for each name")
+
+
+PATH_FIELDS = [
+    f for kind in (Settings, sft.Settings, dpo.Settings) for f in dataclasses.fields(kind) if f.metadata.get("path")
+]
+
+
+def test_which_settings_are_paths():
+    assert {field.name for field in PATH_FIELDS} == {"data_dir", "out_dir", "init_from", "pairs"}
+
+
+@pytest.mark.parametrize("text", ['"C:\\new\\temp"', '"a\\x00b"', '"data\\b"', '" "', '"\\n"'])
+def test_paths_that_cannot_be(text, config, refused):
+    """A backslash in a settings file spells a control character: no folder with a line feed in its name is made."""
+    for key in ("out_dir", "data_dir"):
+        path = config(f"{key} = {text}\n")
+        assert_one_line_error(refused(path), f"{key} = ", repr(ast.literal_eval(text)), "backslash")
+    for argument in ("--out_dir=", "--out_dir= ", "--out_dir=a\nb", "--data_dir="):
+        assert_one_line_error(refused(argument), argument.split("=")[0][2:])
+
+
+def test_a_backslash_that_is_no_escape(config, refused):
+    """C:\\Users: Python's error, and what to do."""
+    path = config('out_dir = "C:\\Users\\me"\n')
+    assert_one_line_error(refused(path), f"{path}:1: ", "write / for a backslash")
+
+
+def test_paths_begin_at_home(config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/you")
+    for argument in ("--out_dir=~/x", config('out_dir = "~/x"\n')):
+        assert load_settings([str(argument)], Settings, "").out_dir == "/home/you/x"
+    assert load_settings(["--pairs=", "--init_from=~"], dpo.Settings, "").init_from == "/home/you"
+    assert load_settings(["--out_dir=a~/~"], Settings, "").out_dir == "a~/~"
 
 
 def test_missing_file_and_folder(refused, tmp_path):

@@ -332,6 +332,25 @@ def test_learning_rates_by_hand():
     assert rates(short, 3) == pytest.approx([0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize(("warmup", "reached"), [(50, "10%"), (5, "100%"), (4, "")])
+def test_a_run_that_is_all_warm_up_says_so(warmup, reached, tiny_data, tmp_path):
+    done = run_here(*arguments(tiny_data, tmp_path / "out", warmup_iters=warmup, max_iters=5))
+    found = [line for line in done.stdout.splitlines() if line.startswith(f"warmup_iters = {warmup}: ")]
+    said = f"warmup_iters = {warmup}: all 5 steps are warm-up, up to {reached} of learning_rate; lower it"
+    assert (done.returncode, found) == (0, [said] if reached else [])
+    rate = TINY.get("learning_rate", 0.003)
+    assert metrics_of(tmp_path / "out")[-1]["learning_rate"] <= rate * min(1, 5 / warmup) + 1e-12
+
+
+def test_a_first_save_that_fails(tiny_data, tmp_path):
+    """The error names the file, and promises nothing of older checkpoints: there are none."""
+    code = "import resource, signal, train; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1)); "
+    code += "train.report_errors(train.main)"
+    done = run_script("-c", code, *arguments(tiny_data, tmp_path / "out")[1:], check=False)
+    assert_one_line_error(done, tmp_path / "out" / "ckpt_000004.pt", "File too large")
+    assert "resume" not in done.stderr.splitlines()[-1] and not list((tmp_path / "out").glob("ckpt*"))
+
+
 def test_progress_is_that_of_the_steps_or_of_the_time():
     """Whichever is further decides how far the learning rate has come down."""
     s = Settings(learning_rate=1.0, warmup_iters=0, max_iters=100, minutes=2.0, decay_fraction=0.5)
