@@ -43,13 +43,12 @@ def sample_token(logits, seen, temperature: float, top_p: float, repetition_pena
     """The next token of each sequence, (B,), from logits, (B, V). seen, (B, V): which tokens have occurred.
 
     noise, (B, k): only the k most likely tokens remain, and of these the fewest that hold top_p of the probability
-    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0 the most likely token, and so where dividing by it could
-    overflow.
+    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0, or near it, the most likely token.
     """
     if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalized, logits)  # (B, V)
-    if temperature < 1e-6:
+    if temperature < 1e-6:  # by less the logits could overflow
         return logits.argmax(dim=-1)  # (B,)
     values, tokens = (logits.float() / temperature).topk(noise.size(1))  # (B, k), (B, k), the most likely first
     p = values.softmax(dim=-1)  # (B, k)
@@ -91,8 +90,7 @@ def compile_decode(model: GPT, cache: list, cuda_graph: bool):
     if model.embedding.weight.is_cpu:
         from torch._inductor import config as compiler_config  # imported here: it takes as long as PyTorch itself
 
-        # A vector times a matrix is bound by reading the matrix. A fused loop reads it up to three times as fast as
-        # the matrix library does.
+        # A vector times a matrix is bound by reading the matrix: a fused loop does it up to three times as fast.
         limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
         compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
     return try_compile(model, model.embedding.weight.device, "reduce-overhead" if cuda_graph else None)

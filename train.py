@@ -280,8 +280,7 @@ class Muon(torch.optim.Optimizer):
     A gradient is large in few directions; an orthogonal update moves the weights equally in all. Scaled as in Liu et
     al. 2025, arXiv:2502.16982, equation 4, it takes AdamW's learning rate and weight decay.
 
-    Unlike `torch.optim.Muon` it orthogonalizes all matrices of one shape together, and in `dtype`: many CPUs are slow
-    in bfloat16.
+    Unlike `torch.optim.Muon` it orthogonalizes all matrices of one shape together, and in `dtype`.
     """
 
     def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
@@ -425,8 +424,8 @@ def check_run(s: LoopSettings, train_data: ShuffledDataset, val_data: ShuffledDa
     if s.epochs:
         s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
     if s.warmup_iters >= s.max_iters and RANK == 0:
-        share = f"{s.max_iters / s.warmup_iters:.0%} of learning_rate"
-        print(f"warmup_iters = {s.warmup_iters}: all {s.max_iters} steps are warm-up, up to {share}; lower it")
+        share = s.max_iters / s.warmup_iters
+        print(f"warmup_iters = {s.warmup_iters}: all steps are warm-up, up to {share:.0%} of learning_rate; lower it")
 
 
 def check_same_run(saved: dict, path: Path, s: LoopSettings, model: GPT, metadata: dict) -> None:

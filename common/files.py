@@ -16,9 +16,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# ---------------------------------------------------------------------------------------------------
-# Errors of the user: one line, exit status 2, no traceback. A bug of ours shows its traceback.
-
 
 class UserError(argparse.ArgumentTypeError):
     """Something the user can fix. The message names the file or key, what was found, and what to do."""
@@ -44,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def report_errors(main) -> None:
-    """Call main(). A UserError, or an error of the system, is printed in one line."""
+    """Call main(). A UserError, or an error of the system, is printed in one line; a bug of ours is not caught."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show Chinese prints \u5c0f instead
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
@@ -64,9 +61,6 @@ def report_errors(main) -> None:
         message = f"out of memory ({(str(e) or 'none left').splitlines()[0]}); try a smaller batch_size or --num"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-# ---- Files -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

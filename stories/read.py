@@ -44,8 +44,8 @@ class LeftOut(Exception):
 def object_of(pairs: list[tuple]):
     """A JSON object as a dict; a LeftOut if a key stands twice in it, or in an object in it."""
     found = dict(pairs)
-    inner = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in found.values())
-    return LeftOut("duplicate_key") if len(found) < len(pairs) or LeftOut in map(type, inner) else found
+    twice = len(found) < len(pairs) or LeftOut in map(type, found.values())
+    return LeftOut("duplicate_key") if twice else found
 
 
 def find_inputs(inputs: list[Path]) -> list[Path]:
@@ -273,6 +273,8 @@ def read_csv(stream, name: str):
     lines = itertools.chain([header], iter(lambda: text.readline(LONGEST + 1), ""))
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        if len(set(titles := rows.fieldnames or [])) < len(titles):
+            raise UserError(f"{name}:1: two columns of the same name: {', '.join(titles)}; rename one")
         for row in rows:
             if None in row.values():
                 raise UserError(f"{name}:{rows.line_num}: has fewer columns than the first line")

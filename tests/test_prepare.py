@@ -344,7 +344,7 @@ def test_null_stories_are_empty(base, tmp_path):
 def test_a_key_twice_in_a_record(name, base, tmp_path):
     """No value of the two is taken: the record is left out and counted, wherever in it the object is."""
     rows = [json.dumps({"story_zh": text}) for text in STORIES]
-    rows += ['{"story_zh": "一。", "story_zh": "二。"}', '{"story_zh": "三。", "a": {"b": [{"c": 1, "c": 1}]}}']
+    rows += ['{"story_zh": "一。", "story_zh": "二。"}', '{"story_zh": "三。", "a": {"b": {"c": 1, "c": 1}}}']
     data = "\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]"
     make(tmp_path / "out", write(tmp_path / name, data.encode()), tokenizer=base / "tokenizer.model")
     assert_holds(tmp_path / "out", STORIES)
