@@ -109,8 +109,9 @@ def demo(tiny_data, tiny_sft, pretrained, tuned, tmp_path_factory):
     for name, there in made.items():
         shutil.copytree(there, folder / name)
     shutil.copy(tiny_data.parent / "stories.jsonl", folder / "data")
-    with open(folder / "config" / "demo.py", "a", encoding="utf-8") as f:
-        f.writelines(f"{key} = {value!r}\n" for key, value in (TINY | {"block_size": 256}).items())
+    config, tiny = folder / "config" / "demo.py", TINY | {"block_size": 256}
+    others = [x for x in config.read_text(encoding="utf-8").splitlines() if x.split(" = ")[0] not in tiny]
+    config.write_text("\n".join([*others, *(f"{key} = {value!r}" for key, value in tiny.items())]), encoding="utf-8")
     return folder
 
 
