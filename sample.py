@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint, try_compile
 from common.files import Parser, UserError, load_tokenizer, report_errors
 from model import GPT
-from stories.constraints import NAMES, clean, read_constraints, split_list, template_tokens, write_constraints
+from stories.constraints import NAMES, clean, read_constraints, template_tokens, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
 BATCH = 64  # stories that are generated together
@@ -283,9 +283,6 @@ def parse_arguments() -> argparse.Namespace:
     for key in ("num", "best_of", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    for key in (*NAMES.values(), "instruction"):
-        if (value := getattr(args, key)) and not split_list(value):
-            raise UserError(f"--{key} {value!r}: asks for nothing")
     args.instruction = args.instruction or write_constraints({name: getattr(args, key) for name, key in NAMES.items()})
     if args.interactive and (args.instruction or args.prompt or args.prompt_file):
         raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
