@@ -269,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     beginning.add_argument("--prompt", default="", help="how the stories begin")
     beginning.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
     for name, key in NAMES.items():
-        how = ", separated by , ， 、 ; or ；" if key in ("words", "features") else ""
+        how = ", separated by , ， 、 ; or ； (not by spaces)" if key in ("words", "features") else ""
         parser.add_argument(f"--{key}", default="", help=f"what the story must have (a model of sft.py): {name}{how}")
     parser.add_argument("--instruction", default="", help="an instruction in your own words, instead of these")
     parser.add_argument("--num", type=int, help="stories to sample (default: 3; with --best_of 1)")

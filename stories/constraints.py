@@ -41,9 +41,8 @@ def clean(text: str) -> str:
 
 
 def split_list(value: str) -> list[str]:
-    """The words of 词汇, or the features of 特点. Between Chinese words white space separates too."""
-    words = re.split(r"[，,、；;]|(?<=[一-鿿])\s+(?=[一-鿿])", value)
-    return [strip(" ".join(word.split())) for word in words if strip(word)]
+    """The words of 词汇, or the features of 特点."""
+    return [strip(" ".join(word.split())) for word in re.split("[，,、；;]", value) if strip(word)]
 
 
 def write_constraints(constraints: dict[str, str]) -> str:

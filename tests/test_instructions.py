@@ -228,8 +228,7 @@ def spaced(text):
 def normalised(name, value):
     """The promise of an instruction's spelling, said a second time."""
     if name in ("词汇", "特点"):
-        words = re.sub(r"(?<=[一-鿿])\s+(?=[一-鿿])", ",", value)  # between Chinese characters
-        return "，".join(filter(None, map(spaced, re.split("[，,、;；]", words))))
+        return "，".join(filter(None, map(spaced, re.split("[，,、;；]", value))))
     return spaced(value)
 
 

@@ -118,7 +118,7 @@ def test_names_are_literal(name, tmp_path):
     assert plot(folder).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["\ue000", "一\n行", "小兔🐰"])
+@pytest.mark.parametrize("name", ["\ue000", "小兔🐰"])
 def test_characters_no_font_has(name, tmp_path, monkeypatch):
     """Never an empty box: the run has a number for a name."""
     folders = [write_metrics(tmp_path / n, line(1, loss=2.0), line(2, loss=1.0)) for n in ("plain", name)]

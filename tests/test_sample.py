@@ -158,7 +158,7 @@ def test_prompts_are_cleaned_as_stories_are(ckpt):
 
 
 @pytest.mark.parametrize(
-    "words", ["森林\u200b,小鸟", "\ufeff森林；小鸟\u2060", "森林;小鸟", "森林\u3000小鸟", "森林 小鸟", "森林\n小鸟"]
+    "words", ["森林\u200b,小鸟", "\ufeff森林；小鸟\u2060", "森林;小鸟", "森林、\u3000小鸟", " 森林 ,小鸟\n"]
 )
 def test_words_as_people_paste_them(words, tuned):
     """Each separator, and what nobody sees at the ends of words: the same story, found to have the same words."""
@@ -168,8 +168,8 @@ def test_words_as_people_paste_them(words, tuned):
 
 
 def test_separators_are_named():
-    assert split_list("ice cream, 太阳镜") == ["ice cream", "太阳镜"]
-    assert " separated by , ， 、 ; or ；" in " ".join(sample_here("--help").stdout.split())
+    assert split_list("ice cream, 太阳 镜；铲子;草地") == ["ice cream", "太阳 镜", "铲子", "草地"]
+    assert " separated by , ， 、 ; or ； (not by spaces)" in " ".join(sample_here("--help").stdout.split())
 
 
 def test_best_of(tuned):
