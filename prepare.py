@@ -228,8 +228,7 @@ def make_tokenizer(files: list[Path], args: argparse.Namespace) -> bytes:
 def write_bins(blocks, folder: Path, args: argparse.Namespace) -> dict:
     """Write the texts of encoded blocks to train.bin and val.bin, each text once. Returns what was counted.
 
-    The digest of its story decides a text's split, so it never depends on file names or order. Raises UserError if
-    the tokenizer changes too much.
+    The digest of its story decides a text's split, whatever the order of files. Raises UserError.
     """
     border, seen = int(args.val_fraction * 2**64), set[int]()
     dropped = Counter(duplicate=0, empty=0, not_unicode=0, unencodable=0)

@@ -53,8 +53,7 @@ def sample_token(logits, seen, temperature: float, top_p: float, repetition_pena
     values, tokens = (logits.float() / temperature).topk(noise.size(1))  # (B, k), (B, k), the most likely first
     p = values.softmax(dim=-1)  # (B, k)
     p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the tokens before these already hold top_p
-    # The largest of p / e, with e drawn from Exponential(1), is token i with probability p[i]. Unlike
-    # torch.multinomial this does not wait for the GPU.
+    # The largest of p / e, e from Exponential(1), is token i with probability p[i]. torch.multinomial would wait.
     return tokens.gather(1, (p / noise).argmax(dim=-1, keepdim=True))[:, 0]  # (B,)
 
 
@@ -295,7 +294,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def batches(total: int) -> tqdm:
-    """The sizes of the batches for `total` stories, so that they fit in memory; of several a bar shows the progress."""
+    """The sizes of batches for `total` stories, so that they fit in memory; with a bar if they are several."""
     sizes = [min(BATCH, total - first) for first in range(0, total, BATCH)]
     return tqdm(sizes, unit="batch", delay=1e-3, leave=False, disable=None if len(sizes) > 1 else True)
 
@@ -313,7 +312,7 @@ def described(found: dict) -> str:
 
 
 def ask(names: list[str]):
-    """Yield what the user types for each name, as a dict, until the input ends; what is then open is skipped."""
+    """Yield what the user types for each name, as a dict, until the input ends, and what is open then is empty."""
     if sys.stdin is None:
         raise UserError("--interactive: standard input is closed")
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a TextIOWrapper

@@ -22,31 +22,31 @@ class UserError(argparse.ArgumentTypeError):
 
 
 def user_path(text: str, name: str = "") -> Path:
-    """A path as typed, with ~ for the home folder. Raises UserError; argparse puts the option's name before it."""
+    """A path as typed, with ~ for the home folder. Raises UserError."""
     if not text.strip() or min(text) < " ":
-        raise UserError(f"{name}{text!r}: empty, or with a control character; write / for a backslash, or double it")
+        raise UserError(f"{name}{text!r}: empty, or has a control character; write / or \\\\ for a backslash")
     return Path(os.path.expanduser(text))
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a UserError, and whose paths are read by `user_path`."""
+    """An argument parser whose errors are a UserError, and whose paths come from `user_path`."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register("type", Path, user_path)
 
     def error(self, message: str) -> NoReturn:
-        hint = ", or write --option=VALUE if it begins with -" if "expected one argument" in message else ""
+        hint = " (--option=VALUE if it begins with -)" if "expected one argument" in message else ""
         raise UserError(f"{message}{hint}; see --help")
 
 
 def report_errors(main) -> None:
-    """Call main(). A UserError, or an error of the system, is printed in one line; a bug of ours is not caught."""
+    """Call main(). A UserError, or an error of the system, is printed in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show Chinese prints \u5c0f instead
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return main()
-    except BrokenPipeError:  # the reader of the output has gone, as in | head: end as SIGPIPE would
+    except BrokenPipeError:  # | head has ended: end as SIGPIPE would
         os._exit(141)
     except UserError as e:
         message = str(e)

@@ -56,7 +56,7 @@ def read_config(path: str) -> dict:
                 case _:
                     raise ValueError
         except (ValueError, TypeError, RecursionError, MemoryError):
-            allowed = "only `name = value` may stand here, once for each name, with a number, a text, True or False"
+            allowed = "only `name = value` may stand here, each name once, with a number, a text, True or False"
             raise UserError(f"{path}:{node.lineno}: {allowed}") from None
     return values
 

@@ -20,8 +20,8 @@ SYNONYMS |= dict.fromkeys(("总结", "概要"), "摘要")
 SYNONYMS |= dict.fromkeys(("随机句", "随机的句子"), "随机句子")
 
 
-# What nobody sees: white space, control characters, and what Unicode calls default ignorable (UAX #44). Of these,
-# variation selectors and tags change the character before them, as in many emoji: they may end a text, not begin it.
+# What nobody sees: white space, control characters, and what Unicode calls default ignorable (UAX #44).
+# Selectors change the character before them, as in many emoji: they may end a text, but not begin it.
 UNSEEN = "\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180e\u2800\u3000\u3164\ufeff\uffa0"
 UNSEEN += "".join(map(chr, [*range(0x21), *range(0x7F, 0xA1), *range(0x2000, 0x2010), *range(0x2028, 0x2030)]))
 UNSEEN += "".join(map(chr, [*range(0x205F, 0x2070), *range(0xFFF0, 0xFFFC), *range(0x1D173, 0x1D17B)]))

@@ -153,8 +153,7 @@ def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew:
         features.add("对话")
     words = [w for w in plot.words if w in story]
     sentences = [s for s in re.findall(r"[^。！？“”]+[。！？]", story) if 8 <= len(s) <= 40]
-    # Words that occur often are what the story is about: a word is drawn with a weight of its count squared,
-    # without replacement (Efraimidis and Spirakis 2006).
+    # What a story is about occurs often: the weight of a word is its count squared (Efraimidis and Spirakis 2006).
     required = sorted(words, key=lambda w: -(rng.random() ** (1 / story.count(w) ** 2)))[:3]
     return {
         "story_zh": story,

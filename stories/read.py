@@ -188,8 +188,7 @@ def read_stream(stream, name: str):
 def separator_of(head: bytes) -> bytes:
     """What separates the stories of a text file, judging by its first MiB.
 
-    It is end markers, or empty lines where a quarter of what these separate has two to twenty lines; else a line is a
-    story.
+    It is end markers; else empty lines, if a quarter of what these separate has two to twenty lines; else line ends.
     """
     if MARKER in head:
         return MARKER
@@ -274,7 +273,7 @@ def read_csv(stream, name: str):
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         if len(set(titles := rows.fieldnames or [])) < len(titles):
-            raise UserError(f"{name}:1: two columns of the same name: {', '.join(titles)}; rename one")
+            raise UserError(f"{name}:1: two columns have one name: {', '.join(titles)}")
         for row in rows:
             if None in row.values():
                 raise UserError(f"{name}:{rows.line_num}: has fewer columns than the first line")

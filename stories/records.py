@@ -1,7 +1,6 @@
 """Records: what one JSON object, CSV row or text of the input holds, as a story or as an instruction and a response.
 
-A record is read whole or refused. One that has something the template cannot hold (a system prompt, earlier turns)
-is left out, and the report counts it.
+A record is read whole or refused. One that the template cannot hold (earlier turns) is left out and counted.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ PROMPTS = ("instruction", "prompt", "query", "question", "input")  # beside a re
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 EXTRAS = {"history": "history", "system": "system prompt"}  # what the template has no place for
-# Control characters, a sign of damage; and what SentencePiece writes for a space, and would decode to one.
+# Control characters, a sign of damage; and what SentencePiece writes for a space.
 UNENCODABLE = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u2581]")
 
 
@@ -57,7 +56,7 @@ def keys_of(record: dict) -> str:
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text at a key; null, NaN (pandas writes it for null), what nobody sees and no key: "". Raises UserError."""
+    """The text at a key. Null, NaN (pandas' null), what nobody sees, and a missing key are "". Raises UserError."""
     value = record.get(key)
     if value is None or value != value:
         return ""

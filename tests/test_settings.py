@@ -153,7 +153,7 @@ def test_a_file_of_windows_notepad(config):
 def test_a_name_twice_in_a_file(config, refused):
     """The later one would win, unseen. Another file, or the command line, may say it again."""
     path = config("max_iters = 5\nseed = 2\nmax_iters = 7\n")
-    assert_one_line_error(refused(path), f"{path}:3: ", "once for each name")
+    assert_one_line_error(refused(path), f"{path}:3: ", "each name once")
 
 
 PATH_FIELDS = [

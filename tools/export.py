@@ -142,7 +142,7 @@ def chat_template(template: str, tokenizer) -> str:
         f"{end}{{%- for message in messages -%}}{{%- if message['role'] not in ('user', 'assistant') -%}}"
         f"{{{{- raise_exception('there are only user and assistant, no ' + message['role']) -}}}}{{%- endif -%}}"
         f"{{%- set content = message['content'] -%}}{{%- if content is not string -%}}{{%- for part in content -%}}"
-        f"{{%- if part['type'] != 'text' -%}}{{{{- raise_exception('only text can be read, no ' + part['type']) -}}}}"
+        f"{{%- if part['type'] != 'text' -%}}{{{{- raise_exception('only text, no ' + part['type']) -}}}}"
         f"{{%- endif -%}}{{%- endfor -%}}{{%- set content = content | map(attribute='text') | join -%}}{{%- endif -%}}"
         f"{{%- if message['role'] == 'user' -%}}{before}{{{{- content | trim -}}}}"
         f"{{%- else -%}}{after}{{{{- content | trim -}}}}{end}{{%- endif -%}}"
