@@ -221,10 +221,7 @@ def process_group(s: LoopSettings):
 
 
 def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
-    """Sum each tensor over all processes, in place, in one transfer.
-
-    Raises UserError if another process has ended or hangs.
-    """
+    """Sum each tensor over all processes, in place, in one transfer. Raises UserError if one has ended or hangs."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         try:
@@ -245,10 +242,7 @@ def progress_of(step: int, seconds: float, s: LoopSettings) -> float:
 
 
 def learning_rate_at(step: int, progress: float, s: LoopSettings) -> float:
-    """Linear warm-up by steps, then down by progress.
-
-    cosine: half a cosine. wsd: constant, then linear (Hu et al. 2024, arXiv:2404.06395).
-    """
+    """Linear warm-up by steps; then, by progress, half a cosine, or wsd (Hu et al. 2024, arXiv:2404.06395)."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
     warmup = min(s.warmup_iters / s.max_iters, progress)
@@ -441,10 +435,7 @@ def check_same_run(saved: dict, path: Path, s: LoopSettings, model: GPT, metadat
 
 
 def settle_dtype(s: LoopSettings, device: torch.device, saved: dict) -> torch.dtype:
-    """The type of the matrix products, the same for all processes; s.dtype is set to it.
-
-    On a CPU a resumed run keeps its type, whatever would be measured now.
-    """
+    """The type of the matrix products, which s.dtype is set to. On a CPU a resumed run keeps its type."""
     kept = saved.get("settings", {}).get("dtype")
     if s.dtype == "auto" and device.type == "cpu" and kept in ("float32", "bfloat16"):
         s.dtype = kept
@@ -508,10 +499,7 @@ def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
 
 @torch.no_grad()
 def print_sample(model: GPT, tokenizer, prompt: list[int], s: LoopSettings) -> None:
-    """Print a story that the model writes now, one token after the other with a KV cache.
-
-    It is plain on purpose: temperature 0.8, the 50 most likely tokens. sample.py does more, for many stories at once.
-    """
+    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens. sample.py does more, for many."""
     device, story = model.embedding.weight.device, list(prompt)
     cache, generator = model.new_cache(1, model.config.block_size), torch.Generator(device).manual_seed(s.seed)
     for position in range(model.config.block_size - 1):
