@@ -279,7 +279,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.orthogonalize = dtype, orthogonalize
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # takes no closure
@@ -288,16 +288,15 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape[p.shape].append(p)
             for shape, weights in by_shape.items():
-                updates = []
                 for p in weights:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    mean = self.state[p]["momentum_buffer"]
-                    mean.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]).to(self.dtype))
-                for p, update in zip(weights, orthogonalize(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                grads, means = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                nesterov = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # (N, rows, columns)
+                updates = self.orthogonalize(nesterov.to(self.dtype)).to(nesterov.dtype)  # (N, rows, columns)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
 def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
@@ -319,7 +318,9 @@ def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[tor
         optimizers.append(torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True))
     if matrices:
         muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(matrices, s.weight_decay, s.momentum, muon_dtype))
+        optimizers.append(muon := Muon(matrices, s.weight_decay, s.momentum, muon_dtype))
+        if s.compile and matrices[0].is_cuda:  # there the small products take less time than their launches
+            muon.orthogonalize = try_compile(orthogonalize, matrices[0].device)
     return optimizers
 
 

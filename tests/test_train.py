@@ -278,6 +278,12 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
             assert (moved - expected).norm() < 2e-3 * expected.norm(), name
 
 
+def test_a_compiled_update_equals_the_eager_one():
+    """As it is compiled on CUDA: equal to float64 within rounding."""
+    x = torch.randn((2, 24, 8), generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(torch.compile(orthogonalize)(x).double(), orthogonalize(x.double()), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("momentum", [0.95, 0.8])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
 def test_muon_moves_as_the_library_has_it(dtype, close, momentum):

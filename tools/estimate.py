@@ -2,9 +2,10 @@
 
     python -m tools.bench --estimate config/microstories.py config/microstories_sft.py --gpu 3090
 
-Two numbers of a GPU come from its data sheet: dense bfloat16 products with float32 accumulation, and memory. The share
-of the products that training reaches is not known before it runs: the time is given for 35% and for 45% of the data
-sheet's. (`mfu` in metrics.jsonl is a share of what products reach when measured, which is less.)
+Three numbers of a GPU come from its data sheet: dense bfloat16 products with float32 accumulation, the speed of its
+memory, and its size. The share of the products that training reaches is not known before it runs: the time is given for
+35% and for 45% of the data sheet's. (`mfu` in metrics.jsonl is a share of what products reach when measured, which is
+less.) Beside it stands the floor: all products at that speed, and what lies between them at the speed of the memory.
 """
 
 import json
@@ -16,12 +17,18 @@ import torch
 
 from common.files import UserError
 from common.settings import load_settings, read_config
-from model import GPT, LOGITS_PER_CHUNK
+from model import GPT, LOGITS_PER_CHUNK, ModelConfig
 from sft import Settings as SftSettings
 from tools.dpo import Settings as DpoSettings
 from train import Settings, new_model
 
-GPUS = {"3090": (71, 24), "4090": (165, 24), "a100": (312, 80), "h100": (989, 80), "h200": (989, 141)}  # TFLOP/s, GB
+GPUS = {  # TFLOP/s, GB/s, GB
+    "3090": (71, 936, 24),
+    "4090": (165, 1008, 24),
+    "a100": (312, 2039, 80),
+    "h100": (989, 3350, 80),
+    "h200": (989, 4800, 141),
+}
 SHARES = (0.35, 0.45)
 
 
@@ -30,12 +37,17 @@ class Estimate:
     parameters: int
     tokens_per_step: int
     flops_per_token: int
+    bytes_per_token: int
     steps: int
     memory: int
 
     def hours(self, gpu: str, share: float) -> float:
-        tflops, _ = GPUS[gpu]
+        tflops, *_ = GPUS[gpu]
         return self.steps * self.tokens_per_step * self.flops_per_token / (share * tflops * 1e12) / 3600
+
+    def floor(self, tflops: float, gigabytes: float) -> float:
+        """Seconds of a step in which products and memory are at their fastest, one after the other."""
+        return self.tokens_per_step * (self.flops_per_token / tflops / 1e12 + self.bytes_per_token / gigabytes / 1e9)
 
 
 def shape_of(path: Path) -> Settings:
@@ -47,6 +59,17 @@ def shape_of(path: Path) -> Settings:
     if not source.exists():
         raise UserError(f"{path}: starts from {values['init_from']}, but {source} is not there to tell its shape")
     return shape_of(source)
+
+
+def moved_per_token(c: ModelConfig) -> int:
+    """Bytes that a token moves between the products, forward and backward, where the compiler fuses neighbours.
+
+    The residual stream takes 4 bytes, all else 2. Products and attention are bound by arithmetic.
+    """
+    swiglu = 18 * c.intermediate_size  # forward 2 read, 1 written; backward 3 read, 3 written
+    residual = 56 * c.n_embd  # two sums and their norms: 12 bytes forward, 16 backward
+    heads = 10 * (c.n_head + c.n_kv_head) * c.head_dim  # QK-norm and rotation: 2 forward, 3 backward
+    return c.n_layer * (swiglu + residual + heads) + 16 * c.vocab_size  # the softmax of the logits
 
 
 def estimate_memory(model: GPT, s, dtype: torch.dtype, device: torch.device) -> int:
@@ -88,6 +111,7 @@ def estimate(path: Path, vocab_size: int, sequences: int) -> Estimate:
         parameters=model.count_parameters(),
         tokens_per_step=per_step * s.block_size * (2 if pairs else 1),
         flops_per_token=model.flops_per_token(s.block_size),
+        bytes_per_token=moved_per_token(model.config),
         steps=math.ceil(s.epochs * in_epoch / per_step) if s.epochs else s.max_iters,
         memory=estimate_memory(model, s, torch.bfloat16, torch.device("cuda")),
     )
@@ -97,15 +121,15 @@ def print_estimates(paths: list[Path], gpu: str, vocab_size: int, sequences: int
     """A table with a row for each config. Raises UserError."""
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu!r}: must be one of {', '.join(GPUS)}")
-    tflops, gigabytes = GPUS[gpu]
-    print(f"{gpu}: {tflops} TFLOP/s in bfloat16, {gigabytes} GB. Estimated by counting, not measured.")
+    tflops, speed, gigabytes = GPUS[gpu]
+    print(f"{gpu}: {tflops} TFLOP/s in bfloat16, {speed} GB/s, {gigabytes} GB. Estimated by counting, not measured.")
     titles = ["parameters", "tokens/step", "MFLOP/token", "steps", "tokens", "memory"]
-    titles += [f"hours at {share:.0%}" for share in SHARES]
+    titles += [f"hours at {share:.0%}" for share in SHARES] + ["floor, hours"]
     print(f"{'config':28}" + "".join(f"{title:>14}" for title in titles))
     rows = []
     for path in paths:
         e = estimate(path, vocab_size, sequences)
-        hours = [e.hours(gpu, share) for share in SHARES]
+        hours = [*(e.hours(gpu, share) for share in SHARES), e.steps * e.floor(tflops, speed) / 3600]
         cells = [f"{e.parameters / 1e6:.1f} M", f"{e.tokens_per_step:,}", f"{e.flops_per_token / 1e6:.0f}"]
         cells += [f"{e.steps:,}", f"{e.steps * e.tokens_per_step / 1e9:.2f} G", f"{e.memory / 2**30:.1f} GiB"]
         cells += [f"{h:.2f}" for h in hours]
