@@ -351,6 +351,13 @@ def test_a_key_twice_in_a_record(name, base, tmp_path):
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["dropped"]["duplicate_key"] == 2
 
 
+def test_two_columns_of_one_name(tmp_path):
+    """Of a CSV the last one would be read, unseen."""
+    file = write(tmp_path / "a.csv", "story_zh,id,story_zh\n一。,1,二。\n".encode())
+    done = run_script("prepare.py", file, "--out_dir", tmp_path / "out", check=False)
+    assert_one_line_error(done, f"{file}:1", "two columns have one name", "story_zh")
+
+
 def test_one_very_long_story(base, tmp_path):
     """A novel in one record: 200,000 characters without a line end go through the tokenizer's training."""
     novel = "".join(random.Random(1).choice("小狗猫兔熊走跑跳飞了到在的一天山水") for _ in range(200_000))
