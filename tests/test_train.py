@@ -281,7 +281,9 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
 def test_a_compiled_update_equals_the_eager_one():
     """As it is compiled on CUDA: equal to float64 within rounding."""
     x = torch.randn((2, 24, 8), generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(torch.compile(orthogonalize)(x).double(), orthogonalize(x.double()), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.compile(orthogonalize)(x).double(), orthogonalize(x.double()), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.95, 0.8])

@@ -24,8 +24,17 @@ from pathlib import Path
 
 import torch
 
-import sample
 from common.files import Parser, UserError, report_errors
+from sample import (
+    add_device_options,
+    encode_prompt,
+    open_model,
+    prefill,
+    random_noise,
+    round_up,
+    sample_token,
+    story_start,
+)
 from stories.constraints import NAMES, read_constraints, write_constraints
 from stories.rewards import can_choose, findings, reward, score
 
@@ -104,7 +113,7 @@ class Request:
             raise Refusal(400, "This model only continues a prompt.")
         self.server = server
         texts = server.template, instruction, "".join(asked.get("prompt", []))
-        self.prompt = sample.encode_prompt(server.tokenizer, *texts)
+        self.prompt = encode_prompt(server.tokenizer, *texts)
         if len(self.prompt) >= server.length:
             raise Refusal(400, f"Too long: {server.length - 1} tokens fit.", "prompt")
         self.n, self.best_of = asked.get("n", 1), asked.get("best_of", 1)
@@ -119,7 +128,7 @@ class Request:
         self.stop = [text for text in asked.get("stop", []) if text]
         new = min(asked.get(key, HUGE) for key in ("max_tokens", "max_completion_tokens"))
         self.length = min(len(self.prompt) + new, server.length)  # with the prompt
-        self.start = sample.story_start(server.tokenizer, self.prompt)
+        self.start = story_start(server.tokenizer, self.prompt)
         self.opening = server.tokenizer.decode(self.prompt[self.start :])
         seed, total = asked.get("seed", random.randrange(1 << 31)), self.n * self.best_of
         self.stories = [Story(self, i // self.best_of, seed + i) for i in range(total)]
@@ -350,20 +359,20 @@ class Server:
                 rows = [(story.tokens[-1], len(story.tokens) - 1) for story in active]
                 tokens, positions = torch.tensor(rows, device=self.device).split(1, dim=1)  # (B, 1)
                 # Attention pays for empty positions; in sample.py's steps, as sums round by size
-                size = sample.round_up(max(len(story.tokens) for story in active))
+                size = round_up(max(len(story.tokens) for story in active))
                 filled = [[kv[:, :, :size] for kv in layer] for layer in cache]
                 logits += self.model(tokens, positions=positions, cache=filled)  # (1, V) each
             if new:
-                joined = sample.prefill(self.model, [story.tokens for story in new], self.length)
+                joined = prefill(self.model, [story.tokens for story in new], self.length)
                 logits += joined[0][:, None]  # (1, V) each
                 for layer, more in zip(cache, joined[3], strict=True):
                     layer[:] = map(torch.cat, zip(layer, more, strict=True))
                 active += new
             drawn = [torch.empty(0, dtype=torch.long, device=self.device)]
             for row, story in zip(logits, active, strict=True):
-                noise = sample.random_noise(1, TOP_K, row.size(1), story.generator)
+                noise = random_noise(1, TOP_K, row.size(1), story.generator)
                 options = story.request.temperature, story.request.top_p, 1.0
-                drawn.append(sample.sample_token(row, None, *options, noise))  # (1,)
+                drawn.append(sample_token(row, None, *options, noise))  # (1,)
             new = yield list(zip(active, torch.cat(drawn).tolist(), strict=True))
 
 
@@ -385,12 +394,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--batch", type=int, default=8, help="stories at a time")
     parser.add_argument("--per_minute", type=int, default=30, help="requests of an address")
-    sample.add_device_options(parser)
+    add_device_options(parser)
     args = parser.parse_args()
     for key, least, most in (("port", 0, 65535), ("batch", 1, 256), ("per_minute", 1, 9999)):
         if not least <= getattr(args, key) <= most:
             raise UserError(f"--{key} {getattr(args, key)}: must lie between {least} and {most}")
-    server = Server(*sample.open_model(args.ckpt, args), args)
+    server = Server(*open_model(args.ckpt, args), args)
     for number in (signal.SIGINT, signal.SIGTERM):  # a slow end may abort in PyTorch
         signal.signal(number, lambda *_: os._exit(0))
     asyncio.run(server.serve())
