@@ -65,15 +65,6 @@ def test_contenders_take_turns(tmp_path, capsys):
     assert (tmp_path / "log").read_text().split() == ["0.2", "0.01"] * 4  # once to warm up, then in turn
 
 
-def test_rows(tmp_path):
-    args = ["prepare", "--megabytes", 1, "--rounds", 1, "--json", tmp_path / "bench.json"]
-    done = run_script("-m", "tools.bench", *args)
-    (row,) = json.loads((tmp_path / "bench.json").read_text())
-    assert row.keys() == {"name", "value", "unit", "peer", "ratio"}
-    assert row["name"] == "prepare, 1 MB" and row["value"] > 0
-    assert "prepare, 1 MB" in done.stdout
-
-
 def test_ratios_are_to_the_best_peer(capsys):
     values = {"this": 30.0, "this, --compile": 60.0, "transformers": 20.0, "slow": 10.0}
     rows = [(row["peer"], row["ratio"]) for row in bench.against_peers("speed", "tokens a second", values)]
@@ -83,7 +74,7 @@ def test_ratios_are_to_the_best_peer(capsys):
     assert bench.against_peers("speed", "tokens a second", {"this": 30.0})[0]["ratio"] is None
 
 
-@pytest.mark.parametrize("args", [["trian"], ["train", "--rounds", "0"], ["prepare", "--megabytes", "0"]])
+@pytest.mark.parametrize("args", [["trian"], ["train", "--rounds", "0"]])
 def test_mistakes(args):
     assert_one_line_error(run_script("-m", "tools.bench", *args, check=False), args[-2] if len(args) > 1 else args[0])
 

@@ -1,7 +1,7 @@
 """How fast, how small, how soon: this program beside its peers, in one run.
 
     python -m tools.bench                          everything
-    python -m tools.bench train decode             parts of it: train, memory, decode, prepare
+    python -m tools.bench train decode             parts of it: train, memory, decode
     python -m tools.bench --json bench.json
     python -m tools.bench --estimate config/microstories.py --gpu 3090    what a config will cost (tools/estimate.py)
 
@@ -13,9 +13,7 @@ import functools
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from common.checkpoint import choose_device, choose_dtype, matmul_flops, try_com
 from common.files import Parser, UserError, atomic_write, report_errors
 from model import GPT, ModelConfig
 from sample import generate
-from stories.generate import stories
 from tools.estimate import GPUS, print_estimates
 from train import Settings, configure_pytorch
 
@@ -201,7 +198,7 @@ def against_peers(name: str, unit: str, values: dict[str, float]) -> list[dict]:
 # ---- The parts -------------------------------------------------------------------------------------
 
 
-def bench_train(args, folder: Path) -> list[dict]:
+def bench_train(args) -> list[dict]:
     rows, batch = [], 8
     makers = {"this": ours, "transformers": llama_of_transformers, "transformers' GPT-2": gpt2_of_transformers}
     device = choose_device("auto")
@@ -218,7 +215,7 @@ def bench_train(args, folder: Path) -> list[dict]:
     return rows
 
 
-def bench_memory(args, folder: Path) -> list[dict]:
+def bench_memory(args) -> list[dict]:
     """Peak memory of a step with a large vocabulary. One after the other: both at once might not fit."""
     peaks: dict[str, float] = {}
     for name, make in (("this", ours), ("transformers", llama_of_transformers)):
@@ -226,7 +223,7 @@ def bench_memory(args, folder: Path) -> list[dict]:
     return against_peers(f"peak memory, vocabulary {LARGE:,}, batch 32 x {LENGTH}", "GiB", peaks)
 
 
-def bench_decode(args, folder: Path) -> list[dict]:
+def bench_decode(args) -> list[dict]:
     rows = []
     for batch, temperature in ((1, 0.0), (1, 0.8), (16, 0.8), (64, 0.8)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -242,43 +239,13 @@ def bench_decode(args, folder: Path) -> list[dict]:
     return rows
 
 
-def write_stories(path: Path, size: int) -> int:
-    """Distinct stories until the file has `size` bytes, each as a line with story_zh. Returns the characters."""
-    characters, texts = 0, [story["story_zh"] for story in stories(24_000)]
-    with open(path, "w", encoding="utf-8") as f:
-        number = 0
-        while f.tell() < size:
-            for text in texts:
-                half = text.index("。") + 1
-                changed = f"{text[:half]}那是第{number}天。{text[half:]}"
-                characters += len(changed)
-                f.write(json.dumps({"story_zh": changed}, ensure_ascii=False) + "\n")
-                number += 1
-    return characters
-
-
-def bench_prepare(args, folder: Path) -> list[dict]:
-    if not Path("data/demo/meta.json").exists():
-        subprocess.run([sys.executable, "prepare.py"], check=True, stdout=subprocess.DEVNULL)
-    rows, command = [], [sys.executable, "prepare.py", "--tokenizer", "data/demo/tokenizer.model"]
-    for megabytes in args.megabytes:
-        characters = write_stories(folder / "stories.jsonl", megabytes * 1_000_000)
-        start = time.perf_counter()
-        paths = [f"{folder}/stories.jsonl", "--out_dir", f"{folder}/prepared{megabytes}"]
-        subprocess.run([*command, *paths], check=True, stdout=subprocess.DEVNULL)
-        speed = characters / (time.perf_counter() - start) / 1e6
-        rows.append(row(f"prepare, {megabytes:,} MB", speed, "M characters a second"))
-    return rows
-
-
-PARTS = {"train": bench_train, "memory": bench_memory, "decode": bench_decode, "prepare": bench_prepare}
+PARTS = {"train": bench_train, "memory": bench_memory, "decode": bench_decode}
 
 
 def main() -> None:
     parser = Parser(description="Measure this program beside its peers.", allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each implementation")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 400], help="sizes of prepare's input")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--estimate", type=Path, nargs="+", metavar="CONFIG", help="estimate these and measure nothing")
     parser.add_argument("--gpu", default="3090", help=f"for --estimate: {', '.join(GPUS)}")
@@ -287,13 +254,12 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{unknown.pop()!r}: no part; the parts are {', '.join(PARTS)}")
-    if args.rounds < 1 or min(args.megabytes) < 1:
-        raise UserError("--rounds and --megabytes must be at least 1")
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: must be at least 1")
     if args.estimate:
         rows = print_estimates(args.estimate, args.gpu, args.vocab_size, args.sequences)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = [line for name in args.parts or PARTS for line in PARTS[name](args, Path(folder))]
+        rows = [line for name in args.parts or PARTS for line in PARTS[name](args)]
     if args.json:
         with atomic_write(args.json) as f:
             f.write(json.dumps(rows, indent=2).encode() + b"\n")
