@@ -1031,7 +1031,7 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_resume_is_exact_when_compiled(tiny_data, tmp_path):
+def test_compiled_runs_continue_with_the_same_bits(tiny_data, tmp_path):
     """With deterministic=True, on two threads."""
     changes = {"compile": True, "deterministic": True, "n_layer": 1}
     whole = tmp_path / "whole"
