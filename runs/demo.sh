@@ -7,8 +7,8 @@ printf '== prepare.py: 24,000 stories become tokens (less than a minute)\n'
 [ -e data/demo/meta.json ] || python prepare.py
 printf '\n== train.py: a model learns to write stories; it shows one now and then (at most 1 minute)\n'
 python train.py config/demo.py --resume=True
-printf '\n== sample.py: two stories that begin with 小兔\n'
-python sample.py --ckpt out/demo --prompt 小兔 --num 2 --temperature 0.5
+printf '\n== sample.py: two texts that begin with 小兔; after one minute they are words and sentences, hardly stories\n'
+python sample.py --ckpt out/demo --prompt 小兔 --num 2
 printf '\n== prepare.py: the stories become instructions and responses (less than a minute)\n'
 [ -e data/demo_sft/meta.json ] || python prepare.py --task sft --tokenizer data/demo/tokenizer.model
 printf '\n== sft.py: the model learns to write the story it is asked for (at most 7 minutes)\n'
