@@ -242,7 +242,7 @@ def progress_of(step: int, seconds: float, s: LoopSettings) -> float:
 
 
 def learning_rate_at(step: int, progress: float, s: LoopSettings) -> float:
-    """Linear warm-up by steps; then, by progress, half a cosine, or wsd (Hu et al. 2024, arXiv:2404.06395)."""
+    """Linear warm-up by steps; then, by progress, half a cosine, or constant and linear (wsd, arXiv:2404.06395)."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
     warmup = min(s.warmup_iters / s.max_iters, progress)
@@ -274,7 +274,7 @@ class Muon(torch.optim.Optimizer):
     A gradient is large in few directions; an orthogonal update moves the weights equally in all. Scaled as in Liu et
     al. 2025, arXiv:2502.16982, equation 4, it takes AdamW's learning rate and weight decay.
 
-    Unlike `torch.optim.Muon` it orthogonalizes all matrices of one shape together, and in `dtype`.
+    Unlike `torch.optim.Muon` it takes all matrices of a shape together, and in `dtype`: bfloat16 is slow on many CPUs.
     """
 
     def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
@@ -436,7 +436,7 @@ def check_same_run(saved: dict, path: Path, s: LoopSettings, model: GPT, metadat
 
 
 def settle_dtype(s: LoopSettings, device: torch.device, saved: dict) -> torch.dtype:
-    """The type of the matrix products, which s.dtype is set to. On a CPU a resumed run keeps its type."""
+    """The type of the matrix products in all processes; s.dtype becomes it. On a CPU a resumed run keeps its type."""
     kept = saved.get("settings", {}).get("dtype")
     if s.dtype == "auto" and device.type == "cpu" and kept in ("float32", "bfloat16"):
         s.dtype = kept
@@ -500,7 +500,7 @@ def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
 
 @torch.no_grad()
 def print_sample(model: GPT, tokenizer, prompt: list[int], s: LoopSettings) -> None:
-    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens. sample.py does more, for many."""
+    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens; sample.py has more options."""
     device, story = model.embedding.weight.device, list(prompt)
     cache, generator = model.new_cache(1, model.config.block_size), torch.Generator(device).manual_seed(s.seed)
     for position in range(model.config.block_size - 1):

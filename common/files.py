@@ -17,7 +17,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-class UserError(argparse.ArgumentTypeError):
+class UserError(argparse.ArgumentTypeError):  # of which argparse shows the message as it is
     """Something the user can fix. The message names the file or key, what was found, and what to do."""
 
 

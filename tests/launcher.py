@@ -44,8 +44,14 @@ STARTED = at_start(os.environ)
 
 
 def can_fork(a: dict) -> bool:
-    """Whether the arguments of a new process say `python ARGS`, and nothing that is done between fork and exec."""
-    if a["preexec_fn"] or a["pass_fds"] or not isinstance(a["args"], list) or a["args"][0] != sys.executable:
+    """Whether a new process is `python ARGS`, with nothing to do between fork and exec, and this is Linux (prctl)."""
+    if (
+        sys.platform != "linux"
+        or a["preexec_fn"]
+        or a["pass_fds"]
+        or not isinstance(a["args"], list)
+        or a["args"][0] != sys.executable
+    ):
         return False
     first, *rest = map(str, a["args"][1:])
     return (first in ("-c", "-m") or first[0] != "-") and not WITHOUT_PYTORCH & {first, *rest[:1]}
