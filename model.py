@@ -1,6 +1,6 @@
 """The model: a decoder-only transformer with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-`GPT`, at the end, is the whole; its parts stand above it. Without `qk_norm` it computes exactly what Llama
+`GPT` is the whole; its parts stand above it, the fast paths below. Without `qk_norm` it computes exactly what Llama
 computes, with `qk_norm` what Qwen3 computes.
 
 Letters in the shape comments: B sequences in a batch, T tokens in a sequence, C = n_embd,
@@ -84,19 +84,24 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         # Norm and rotation in the dtype of the angles: float32 under autocast, bfloat16 if the whole model is.
-        q = rotate(self.q_norm(q.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, H, T, D)
-        k = rotate(self.k_norm(k.to(cos.dtype)), cos, sin).to(v.dtype)  # (B, K, T, D)
-        if cache is not None:  # write the new keys and values at their positions; attend to the whole cache
-            index = torch.arange(B, device=x.device)[:, None]  # (B, 1)
-            cache[0][index, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
-            cache[1][index, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
-            k, v = cache  # (B, K, S, D) each
+        q = self.q_norm(q.to(cos.dtype))  # (B, H, T, D)
+        k = self.k_norm(k.to(cos.dtype))  # (B, K, T, D)
+        q = rotate(q, cos, sin).to(v.dtype)  # (B, H, T, D)
+        k = rotate(k, cos, sin).to(v.dtype)  # (B, K, T, D)
+        if cache is not None:
+            keys, values = cache  # (B, K, S, D) each
+            sequence = torch.arange(B, device=x.device)[:, None]  # (B, 1)
+            keys[sequence, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
+            values[sequence, :, positions] = v.transpose(1, 2)  # (B, T, K, D)
+            k = keys  # attend to the whole cache
+            v = values
         if x.is_cpu:
             y = attend_on_cpu(q, k, v, mask)  # (B, H, T, D), the same, faster
         else:
-            if cache is None and (mask is not None or v.dtype == torch.float32):  # CUDA's fused kernels lack GQA here
-                k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, D)
+            if cache is None and (mask is not None or v.dtype == torch.float32):
+                k = repeat_heads(k, q)  # (B, H, T, D); CUDA's fused kernels lack GQA for these
+                v = repeat_heads(v, q)  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -164,27 +169,32 @@ class GPT(nn.Module):
         far each token sees; positions after it may hold nothing yet, or padding.
         """
         assert cache is None or (positions is not None and documents is None)
-        mask = None
         if positions is None:
-            cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]  # (T, D)
+            cos = self.cos[: tokens.size(1)]  # (T, D)
+            sin = self.sin[: tokens.size(1)]  # (T, D)
         else:
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, D)
+            cos = self.cos[positions][:, None]  # (B, 1, T, D)
+            sin = self.sin[positions][:, None]  # (B, 1, T, D)
+        mask = None  # causal
         if documents is not None:
-            same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
-            mask = same.tril()[:, None]  # (B, 1, T, T)
+            same_document = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+            mask = same_document.tril()[:, None]  # (B, 1, T, T)
         if cache is not None:
-            cached = torch.arange(cache[0][0].size(2), device=tokens.device)  # (S,)
+            first_keys, _ = cache[0]  # (B, K, S, D)
+            cached = torch.arange(first_keys.size(2), device=tokens.device)  # (S,)
             mask = (cached <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         x = self.embedding(tokens)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, None if cache is None else cache[layer], positions)  # (B, T, C)
+            layer_cache = cache[layer] if cache is not None else None
+            x = block(x, cos, sin, mask, layer_cache, positions)  # (B, T, C)
         return self.norm(x)  # (B, T, C)
 
     def forward(self, tokens, documents=None, positions=None, cache=None, last=None):
         """Logits of the next token, (B, T, V); with last, (B,), only at these positions, (B, 1, V)."""
         x = self.hidden(tokens, documents, positions, cache)  # (B, T, C)
         if last is not None:
-            x = x.gather(1, last[:, None, None].expand(-1, 1, x.size(2)))  # (B, 1, C)
+            sequence = torch.arange(tokens.size(0), device=tokens.device)  # (B,)
+            x = x[sequence, last][:, None]  # (B, 1, C)
         return F.linear(x, self.embedding.weight)  # (B, T, V)
 
     def loss(self, tokens, targets, documents=None, positions=None):
@@ -195,22 +205,34 @@ class GPT(nn.Module):
         micro-batch it is.
         """
         x = self.hidden(tokens, documents, positions).flatten(0, 1)  # (B * T, C)
-        weight, targets = self.embedding.weight, targets.flatten()  # (V, C), (B * T,)
+        targets = targets.flatten()  # (B * T,)
+        weight = self.embedding.weight  # (V, C)
         if x.is_cpu and not torch.compiler.is_compiling():  # elsewhere it costs more than it saves
-            here = targets != IGNORE  # (B * T,)
-            x, targets = x[here], targets[here]  # (N, C), (N,)
-        if torch.is_autocast_enabled(x.device.type):  # matrices multiplied by hand must be cast by hand
+            counted = targets != IGNORE  # (B * T,)
+            x = x[counted]  # (N, C)
+            targets = targets[counted]  # (N,)
+        if torch.is_autocast_enabled(x.device.type):  # it casts for PyTorch's own functions only
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
+            x = x.to(dtype)
+            weight = weight.to(dtype)
         if torch.is_grad_enabled():
             return ChunkedCrossEntropy.apply(x, weight, targets)
-        return sum(loss for *_, loss in chunked_cross_entropy(x, weight, targets))
+        total = x.new_zeros((), dtype=torch.float32)
+        for x_chunk, targets_chunk in split_into_chunks(x, targets):
+            log_p = log_probabilities(x_chunk, weight)  # (R, V)
+            total = total + sum_of_losses(log_p, targets_chunk)
+        return total
 
     def new_cache(self, batch_size: int, length: int, dtype=torch.float32) -> list:
         """An empty KV cache of `length` positions: for each layer two tensors, (B, K, S, D)."""
         shape = (batch_size, self.config.n_kv_head, length, self.config.head_dim)
         device = self.embedding.weight.device
-        return [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in self.blocks]
+        cache = []
+        for _ in self.blocks:
+            keys = torch.zeros(shape, dtype=dtype, device=device)
+            values = torch.zeros(shape, dtype=dtype, device=device)
+            cache.append([keys, values])
+        return cache
 
     def count_parameters(self) -> int:
         """The number of parameters; the tied embedding counts once."""
@@ -227,8 +249,12 @@ class GPT(nn.Module):
         return 6 * weights + 6 * c.n_layer * length * c.n_head * c.head_dim
 
 
-# ---------------------------------------------------------------------------------------------------
-# The fast paths: what they compute is written in `Attention.forward` and `GPT.loss`
+# ---- The fast paths: attention on a CPU, and the loss without all logits in memory ------------------
+
+
+def repeat_heads(kv, q):
+    """Each key or value head, (B, K, S, D), once for every query head that shares it, (B, H, S, D)."""
+    return kv.repeat_interleave(q.size(1) // kv.size(1), dim=1)
 
 
 def attend_on_cpu(q, k, v, mask=None):
@@ -238,28 +264,39 @@ def attend_on_cpu(q, k, v, mask=None):
     On a CPU the backward pass of `F.scaled_dot_product_attention` takes three times as long.
     Queries are taken in four blocks, each with the keys up to its end: less of the masked half is computed.
     """
-    T, S = q.size(2), k.size(2)
-    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
+    T = q.size(2)
+    S = k.size(2)
+    k = repeat_heads(k, q)  # (B, H, S, D)
+    v = repeat_heads(v, q)  # (B, H, S, D)
+    q = q * q.size(3) ** -0.5  # (B, H, T, D)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
-    blocks, size = [], math.ceil(T / 4)
-    with torch.autocast(q.device.type, enabled=False):  # autocast would store the probabilities in float32
+    outputs = []
+    size = math.ceil(T / 4)
+    with torch.autocast(q.device.type, enabled=False):  # it would store the probabilities in float32
         for start in range(0, T, size):
-            here = slice(start, start + size)
-            end = start + size if S == T else S  # with a cache only the mask knows what is visible
-            scores = (q[:, :, here] * q.size(3) ** -0.5) @ k[:, :, :end].transpose(2, 3)  # (B, H, size, end)
-            scores = scores.masked_fill(~mask[..., here, :end], -torch.inf)  # (B, H, size, end)
-            blocks.append(scores.softmax(dim=-1) @ v[:, :, :end])  # (B, H, size, D)
-    return torch.cat(blocks, dim=2)  # (B, H, T, D)
+            end = start + size
+            visible = end if S == T else S  # with a cache only the mask knows what is visible
+            scores = q[:, :, start:end] @ k[:, :, :visible].mT  # (B, H, size, visible)
+            scores = scores.masked_fill(~mask[..., start:end, :visible], -torch.inf)  # (B, H, size, visible)
+            outputs.append(scores.softmax(dim=-1) @ v[:, :, :visible])  # (B, H, size, D)
+    return torch.cat(outputs, dim=2)  # (B, H, T, D)
 
 
-def chunked_cross_entropy(x, weight, targets):
-    """For LOGITS_PER_CHUNK tokens at a time: their slice, log-probabilities, and summed loss."""
+def split_into_chunks(x, targets):
+    """Pairs of (R, C) and (R,): LOGITS_PER_CHUNK tokens of x, (N, C), and their targets."""
     size = LOGITS_PER_CHUNK[x.device.type]
-    for start in range(0, max(1, x.size(0)), size):  # one at least, perhaps empty
-        here = slice(start, start + size)
-        log_p = F.linear(x[here], weight).float().log_softmax(dim=-1)  # (R, V)
-        yield here, log_p, F.nll_loss(log_p, targets[here], ignore_index=IGNORE, reduction="sum")
+    return zip(x.split(size), targets.split(size), strict=True)
+
+
+def log_probabilities(x, weight):
+    """log softmax(x weight^T), (R, V), in float32."""
+    return F.linear(x, weight).float().log_softmax(dim=-1)
+
+
+def sum_of_losses(log_p, targets):
+    """The cross entropy of targets, (R,), that are not IGNORE."""
+    return F.nll_loss(log_p, targets, ignore_index=IGNORE, reduction="sum")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -273,18 +310,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         total = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for here, log_p, loss in chunked_cross_entropy(x, weight, targets):
-            total = total + loss  # not in place: PyTorch 2.11 compiled that to gradients that are all 0
-            target = targets[here, None]  # (R, 1)
-            one_hot = (torch.arange(weight.size(0), device=x.device) == target).float()  # (R, V)
-            grad = ((log_p.exp() - one_hot) * (target != IGNORE)).to(x.dtype)  # (R, V)
-            grad_x[here] = grad @ weight
-            grad_weight += grad.t() @ x[here]
-        ctx.save_for_backward(grad_x, grad_weight)
+        grads_x = []
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # with LoRA the embedding is frozen
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        vocabulary = torch.arange(weight.size(0), device=x.device)  # (V,)
+        for x_chunk, targets_chunk in split_into_chunks(x, targets):
+            log_p = log_probabilities(x_chunk, weight)  # (R, V)
+            # Not in place: PyTorch 2.11 compiled that to gradients that are all 0.
+            total = total + sum_of_losses(log_p, targets_chunk)
+            one_hot = (vocabulary == targets_chunk[:, None]).float()  # (R, V)
+            counted = (targets_chunk != IGNORE)[:, None]  # (R, 1)
+            grad_logits = ((log_p.exp() - one_hot) * counted).to(x.dtype)  # (R, V)
+            grads_x.append(grad_logits @ weight)  # (R, C)
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ x_chunk  # (V, C)
+        ctx.save_for_backward(torch.cat(grads_x), grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_output, grad_weight * grad_output, None
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_output
+        return grad_x * grad_output, grad_weight, None

@@ -21,12 +21,13 @@ import torch
 import torch.nn as nn
 import torch.nn.utils.parametrize as parametrize
 
+from common import run
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from common.files import UserError, atomic_write, load_tokenizer, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE
 from stories.constraints import template_tokens
-from train import RANK, LoopSettings, ShuffledDataset, open_tokens, process_group, read_meta, train
+from train import LoopSettings, ShuffledDataset, open_tokens, read_meta, train
 
 
 @dataclass
@@ -37,6 +38,157 @@ class Settings(LoopSettings):
     lora_rank: int = setting(0, fixed=True)  # 0: train every weight; else only adapters of this rank
     lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
     merge: bool = False  # only write out_dir/merged.pt, the adapters merged
+
+
+# ---- The run ---------------------------------------------------------------------------------------
+
+
+def tune(s: Settings) -> None:
+    """Load the model and the examples, and train. Raises UserError."""
+    folder = Path(s.data_dir)
+    source = Path(s.init_from)
+    checkpoints = find_checkpoints(Path(s.out_dir))
+    if checkpoints:  # a run that is resumed does not need init_from
+        source = checkpoints[0]
+    checkpoint = read_checkpoint(source)
+    model = build_model(checkpoint, source)
+
+    meta, template, response_token = open_examples(folder, source, checkpoint)
+    max_length = model.config.block_size
+    train_data = PackedSFTDataset(folder / "train.bin", meta, response_token, s.block_size, max_length, s.seed)
+    val_data = PackedSFTDataset(folder / "val.bin", meta, response_token, s.block_size, max_length)
+    if run.rank() == 0:
+        print(train_data.describe())
+        print(val_data.describe())
+
+    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template, "data": meta["train"]}
+    if s.lora_rank > 0:
+        add_lora(model, s.lora_rank, s.lora_alpha)
+        metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
+    middle = val_data.packed[len(val_data.packed) // 2]  # an example of middle length, as the longest come first
+    instruction, _ = val_data.example(middle)
+    train(s, model, train_data, val_data, metadata, prompt=instruction.tolist())
+
+
+def open_examples(folder: Path, source: Path, checkpoint: dict) -> tuple[dict, str, int]:
+    """meta.json of prepared instructions, their template, and its token before a response.
+
+    Raises UserError if the folder was not prepared for the model of `checkpoint`, read from `source`.
+    """
+    meta, tokenizer = read_meta(folder)
+    template = meta.get("template")
+    if not isinstance(template, str):
+        raise UserError(f"{folder}: holds stories, not instructions; run prepare.py --task sft --out_dir {folder}")
+    if tokenizer != checkpoint["tokenizer"]:
+        raise UserError(f"{folder}: prepared with another tokenizer than {source}'s; prepare it again with that one")
+    _, after_instruction = template_tokens(template, load_tokenizer(tokenizer, folder))
+    return meta, template, after_instruction[0]
+
+
+# ---- Data ------------------------------------------------------------------------------------------
+
+
+class PackedSFTDataset(ShuffledDataset):
+    """A .bin file of instructions and responses, packed into sequences of block_size tokens.
+
+    Two examples in one sequence (E: end token, U and A: the control tokens of the template, a b c d e f: text):
+
+        tokens      E U a b A c d  E U e A f  E E     (each example begins with the end of another, as in sampling)
+        targets     - - - - c d E  - - - f E  - -     (-: IGNORE)
+        documents   7 7 7 7 7 7 7  2 2 2 2 2 -1 -1    (the index of the example: attention stays inside it)
+        positions   0 1 2 3 4 5 6  0 1 2 3 4  0 0
+
+    The prompt is no target: who asks writes it, and the model shall learn to answer, not to ask.
+    """
+
+    def __init__(self, path: Path, meta: dict, response_token: int, block_size: int, max_length: int, seed: int = 0):
+        """max_length: the most tokens of an example that the model can read. Raises UserError."""
+        self.tokens = open_tokens(path, meta)
+        self.end_token = meta["end_token"]
+        self.example_ends = np.flatnonzero(self.tokens == self.end_token) + 1
+        self.example_starts = np.append(0, self.example_ends[:-1])
+        self.response_starts = np.flatnonzero(self.tokens == response_token) + 1
+        if not len(self.response_starts) == len(self.example_ends) > 0:
+            raise UserError(f"{path}: not instructions and responses in turn; run prepare.py --task sft again")
+        lengths = self.example_ends - self.example_starts
+        self.max_length = min(block_size, max_length)
+        fitting = np.flatnonzero(lengths <= self.max_length)
+        if len(fitting) == 0:
+            raise UserError(f"{path}: no example fits into {self.max_length} tokens")
+        self.left_out = len(lengths) - len(fitting)
+        order, self.sequence_starts = pack(lengths[fitting], block_size)
+        self.packed = fitting[order]  # the indices of the examples, sequence after sequence
+        n_sequences = len(self.sequence_starts) - 1
+        self.efficiency = lengths[fitting].sum() / (n_sequences * block_size)
+        super().__init__(path, n_sequences, seed, block_size)
+
+    def describe(self) -> str:
+        examples = f"{len(self.example_ends):,} examples"
+        left_out = f"{self.left_out:,} left out (longer than {self.max_length} tokens)"
+        return f"{self.path}: {examples}, {left_out}, packing efficiency {self.efficiency:.1%}"
+
+    def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The instruction with all control tokens, and the response with its end token."""
+        before_response = self.tokens[self.example_starts[i] : self.response_starts[i]]
+        response = self.tokens[self.response_starts[i] : self.example_ends[i]]
+        instruction = np.append(self.end_token, before_response)
+        return instruction.astype(np.int64), response.astype(np.int64)
+
+    def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """tokens, targets, documents and positions, (B, T) each."""
+        shape = (len(indices), self.tokens_per_sequence)
+        tokens = np.full(shape, self.end_token)
+        targets = np.full(shape, IGNORE)
+        documents = np.full(shape, -1)
+        positions = np.zeros(shape, dtype=np.int64)
+        for b, index in enumerate(indices):
+            start = 0
+            for i in self.packed[self.sequence_starts[index] : self.sequence_starts[index + 1]]:
+                instruction, response = self.example(i)
+                end = start + len(instruction) + len(response) - 1
+                tokens[b, start:end] = np.append(instruction, response[:-1])
+                targets[b, end - len(response) : end] = response
+                documents[b, start:end] = i
+                positions[b, start:end] = np.arange(end - start)
+                start = end
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "targets": torch.from_numpy(targets),
+            "documents": torch.from_numpy(documents),
+            "positions": torch.from_numpy(positions),
+        }
+
+
+def pack(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit packing: each example, longest first, goes into the fullest sequence that has space for it.
+
+    Returns the indices of the examples, sequence after sequence, and where each sequence begins (and the last ends).
+    """
+    sequence_of = np.zeros(len(lengths), dtype=np.int64)  # for each example
+    n_sequences = 0
+    sequences_with = collections.defaultdict[int, list[int]](list)  # free space -> the sequences that have it
+    spaces: list[int] = []  # the keys of sequences_with that some sequence has, sorted
+    longest_first = np.argsort(-lengths, kind="stable")
+    for i in longest_first:
+        length = int(lengths[i])
+        smallest = bisect.bisect_left(spaces, length)  # where the smallest space that suffices is
+        if smallest < len(spaces):
+            space = spaces[smallest]
+            sequence = sequences_with[space].pop()
+            if not sequences_with[space]:
+                del spaces[smallest]
+        else:
+            space = block_size
+            sequence = n_sequences
+            n_sequences += 1
+        sequence_of[i] = sequence
+        left = space - length
+        if not sequences_with[left]:
+            bisect.insort(spaces, left)
+        sequences_with[left].append(sequence)
+    order = np.argsort(sequence_of, kind="stable")
+    starts = np.searchsorted(sequence_of[order], np.arange(n_sequences + 1))
+    return order, starts
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------
@@ -51,7 +203,7 @@ class LowRank(nn.Module):
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
         super().__init__()
         self.scale = alpha / rank
-        start = torch.randn(rank, weight.size(1)) / math.sqrt(rank)  # drawn on the CPU: the same on every device
+        start = torch.randn(rank, weight.size(1)) / math.sqrt(rank)  # (rank, in), on the CPU: as on every device
         self.A = nn.Parameter(start.to(weight))
         self.B = nn.Parameter(weight.new_zeros(weight.size(0), rank))
 
@@ -67,150 +219,28 @@ def add_lora(model: GPT, rank: int, alpha: float) -> None:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
 
 
-# ---- Data ------------------------------------------------------------------------------------------
-
-
-def pack(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit packing: each example, longest first, goes into the fullest sequence that has space for it.
-
-    Returns the indices of the examples, sequence after sequence, and where each sequence begins (and the last ends).
-    """
-    sequence_of = np.zeros(len(lengths), dtype=np.int64)
-    n_sequences, spaces = 0, list[int]()  # spaces: the amounts of free space that some sequence has, sorted
-    with_space = collections.defaultdict[int, list[int]](list)  # free space -> the sequences that have it
-    for i in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[i])
-        at = bisect.bisect_left(spaces, length)  # the smallest space that suffices
-        if at < len(spaces):
-            space = spaces[at]
-            sequence = with_space[space].pop()
-            if not with_space[space]:
-                del spaces[at]
-        else:
-            space, sequence, n_sequences = block_size, n_sequences, n_sequences + 1
-        sequence_of[i] = sequence
-        if not with_space[space - length]:
-            bisect.insort(spaces, space - length)
-        with_space[space - length].append(sequence)
-    starts = np.searchsorted(np.sort(sequence_of), np.arange(n_sequences + 1))
-    return np.argsort(sequence_of, kind="stable"), starts
-
-
-class PackedSFTDataset(ShuffledDataset):
-    """A .bin file of instructions and responses, packed into sequences of block_size tokens.
-
-    Two examples in one sequence (E: end token, U and A: the control tokens of the template, a b c d e f: text):
-
-        tokens      E U a b A c d  E U e A f  E E     (each example begins with the end of another, as in sampling)
-        targets     - - - - c d E  - - - f E  - -     (-: IGNORE)
-        documents   7 7 7 7 7 7 7  2 2 2 2 2 -1 -1    (the index of the example: attention stays inside it)
-        positions   0 1 2 3 4 5 6  0 1 2 3 4  0 0
-    """
-
-    def __init__(self, path: Path, meta: dict, response_token: int, block_size: int, max_length: int, seed: int = 0):
-        """max_length: the most tokens of an example that the model can read. Raises UserError."""
-        self.tokens, self.end_token = open_tokens(path, meta), meta["end_token"]
-        self.example_ends = np.flatnonzero(self.tokens == self.end_token) + 1
-        self.example_starts = np.append(0, self.example_ends[:-1])
-        self.response_starts = np.flatnonzero(self.tokens == response_token) + 1
-        if not len(self.response_starts) == len(self.example_ends) > 0:
-            raise UserError(f"{path}: not instructions and responses in turn; run prepare.py --task sft again")
-        lengths = self.example_ends - self.example_starts
-        self.max_length = min(block_size, max_length)
-        fitting = np.flatnonzero(lengths <= self.max_length)
-        if not len(fitting):
-            raise UserError(f"{path}: no example fits into {self.max_length} tokens")
-        self.left_out = len(lengths) - len(fitting)
-        packed, self.sequence_starts = pack(lengths[fitting], block_size)
-        self.packed = fitting[packed]  # the indices of the examples, sequence after sequence
-        super().__init__(path, len(self.sequence_starts) - 1, seed, block_size)
-        self.efficiency = lengths[fitting].sum() / (len(self) * block_size)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path}: {len(self.example_ends):,} examples, {self.left_out:,} left out (longer than "
-            f"{self.max_length} tokens), packing efficiency {self.efficiency:.1%}"
-        )
-
-    def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """The instruction with all control tokens, and the response with its end token."""
-        start, response, end = self.example_starts[i], self.response_starts[i], self.example_ends[i]
-        instruction = np.append(self.end_token, self.tokens[start:response]).astype(np.int64)
-        return instruction, self.tokens[response:end].astype(np.int64)
-
-    def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """tokens, targets, documents and positions, (B, T) each."""
-        shape = (len(indices), self.tokens_per_sequence)
-        batch = {"tokens": np.full(shape, self.end_token), "targets": np.full(shape, IGNORE)}
-        batch |= {"documents": np.full(shape, -1), "positions": np.zeros(shape, dtype=np.int64)}
-        for b, index in enumerate(indices):
-            start = 0
-            for i in self.packed[self.sequence_starts[index] : self.sequence_starts[index + 1]]:
-                instruction, response = self.example(i)
-                end = start + len(instruction) + len(response) - 1
-                batch["tokens"][b, start:end] = np.append(instruction, response[:-1])
-                batch["targets"][b, end - len(response) : end] = response
-                batch["documents"][b, start:end] = i
-                batch["positions"][b, start:end] = np.arange(end - start)
-                start = end
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-# ---- The run ---------------------------------------------------------------------------------------
-
-
-def open_examples(folder: Path, source: Path, checkpoint: dict) -> tuple[dict, str, int]:
-    """meta.json of prepared instructions, their template, and its token before a response.
-
-    Raises UserError if the folder was not prepared for the model of `checkpoint`, read from `source`.
-    """
-    meta, tokenizer = read_meta(folder)
-    if not isinstance(template := meta.get("template"), str):
-        raise UserError(f"{folder}: holds stories, not instructions; run prepare.py --task sft --out_dir {folder}")
-    if tokenizer != checkpoint["tokenizer"]:
-        raise UserError(f"{folder}: prepared with another tokenizer than {source}'s; prepare it again with that one")
-    _, (response_token,) = template_tokens(template, load_tokenizer(tokenizer, folder))
-    return meta, template, response_token
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def merge(out_dir: Path) -> None:
     """Write out_dir/merged.pt: the newest checkpoint, its adapters merged. Raises UserError."""
     checkpoint = read_checkpoint(out_dir)
-    names = ("model_config", "tokenizer", "template", "settings", "step")
-    merged = {name: checkpoint[name] for name in names if name in checkpoint}
+    merged = {"model": build_model(checkpoint, out_dir).state_dict()}
+    for name in ("model_config", "tokenizer", "template", "settings", "step"):
+        if name in checkpoint:
+            merged[name] = checkpoint[name]
     with atomic_write(out_dir / "merged.pt") as f:
-        torch.save(merged | {"model": build_model(checkpoint, out_dir).state_dict()}, f)
+        torch.save(merged, f)
     print(f"wrote {out_dir / 'merged.pt'}")
-
-
-def tune(s: Settings) -> None:
-    """Load the model and the examples, and train. Raises UserError."""
-    folder, source = Path(s.data_dir), Path(s.init_from)
-    if s.resume and (saved := find_checkpoints(Path(s.out_dir))):  # a resumed run does not need init_from
-        source = saved[0]
-    checkpoint = read_checkpoint(source)
-    model = build_model(checkpoint, source)
-    meta, template, response_token = open_examples(folder, source, checkpoint)
-    sizes = (meta, response_token, s.block_size, model.config.block_size)
-    train_data = PackedSFTDataset(folder / "train.bin", *sizes, s.seed)
-    val_data = PackedSFTDataset(folder / "val.bin", *sizes)  # the same for every seed
-    if RANK == 0:
-        print(train_data, val_data, sep="\n")
-    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template, "data": meta["train"]}
-    if s.lora_rank:
-        add_lora(model, s.lora_rank, s.lora_alpha)
-        metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    prompt, _ = val_data.example(val_data.packed[len(val_data.packed) // 2])  # the first ones are the longest
-    train(s, model, train_data, val_data, metadata, prompt=prompt.tolist())
 
 
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
-    with process_group(s):
-        if s.merge:
-            merge(Path(s.out_dir))
-        else:
-            tune(s)
+    if s.merge:
+        merge(Path(s.out_dir))
+        return
+    with run.training(s):
+        tune(s)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pretrain a language model on prepared stories: settings, data, optimizers, and the training loop.
+"""Pretrain a language model on prepared stories: settings, the training loop, and what the loop calls.
 
     python train.py config/demo.py
     python train.py config/demo.py --learning_rate=0.005 --out_dir=out/trial
@@ -6,35 +6,28 @@
     python train.py config/demo.py --minutes=5                                not repeatable bit for bit
     torchrun --standalone --nproc_per_node=2 train.py config/microstories.py  on two GPUs
 
-The loop is `train`, near the end. sft.py and tools/dpo.py call it with other data or another loss.
+sft.py and tools/dpo.py call `train` with other data or another loss. What keeps a run in order, and a first reader may
+skip, is in common/run.py: the processes of torchrun, signals, logs, checks.
 """
 
 import collections
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from common.checkpoint import choose_device, choose_dtype, find_checkpoints, matmul_flops, read_checkpoint, try_compile
-from common.files import UserError, atomic_write, load_tokenizer, locked, report_errors
+from common import run
+from common.checkpoint import choose_device, find_checkpoints, read_checkpoint, try_compile
+from common.files import UserError, atomic_write, load_tokenizer, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE, ModelConfig
-
-# torchrun starts several processes and gives each these numbers.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- Settings --------------------------------------------------------------------------------------
 
@@ -57,7 +50,7 @@ class LoopSettings:
     optimizer: str = setting("muon", choices=("muon", "adamw"), fixed=True)
     learning_rate: float = 0.003
     min_lr: float = 0.0
-    warmup_iters: int = 20
+    warmup_iters: int = 20  # with `minutes`: the same share of the time
     schedule: str = setting("wsd", choices=("wsd", "cosine"))  # wsd: warm-up, stable, decay
     decay_fraction: float = setting(0.5, below=1.001)  # of the run after the warm-up: the decay of wsd
     weight_decay: float = setting(0.1, fixed=True)
@@ -82,8 +75,9 @@ class LoopSettings:
 
 @dataclass
 class Settings(LoopSettings):
-    """The loop's settings and the shape of the model (see ModelConfig)."""
+    """The loop's settings, those of the data, and the shape of the model (see ModelConfig)."""
 
+    document_mask: bool = setting(False, fixed=True)  # a token attends only to its own story
     n_layer: int = setting(6, at_least=1)
     n_head: int = setting(6, at_least=1)
     n_kv_head: int = setting(6, at_least=1)
@@ -92,19 +86,172 @@ class Settings(LoopSettings):
     intermediate_size: int = setting(1024, at_least=1)
     rope_theta: float = 10000.0
     qk_norm: bool = True
-    document_mask: bool = setting(False, fixed=True)  # a token attends only to its own story
 
 
-def new_model(s: Settings, vocab_size: int) -> GPT:
-    """A model with random weights, of the shape that the settings give. Raises UserError."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)} & set(vars(s))
-    try:
-        return GPT(ModelConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in names}))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+# ---- The loop --------------------------------------------------------------------------------------
+
+
+def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, prompt=None) -> None:
+    """Train `model` in place; write checkpoints and metrics.jsonl to out_dir. Raises UserError.
+
+    loss_fn(model, batch) returns sums over a batch: "loss", and other metrics to log (default: next_token_loss).
+    `metadata` goes into every checkpoint: the tokenizer's bytes and what else sampling needs. `prompt`, tokens, begins
+    the sample stories.
+    """
+    started_at = time.perf_counter()
+    is_main_process = run.rank() == 0
+    run.check_data(s, train_data, val_data)
+    s.max_iters = number_of_steps(s, train_data)
+
+    # A run that was stopped continues from its newest checkpoint.
+    checkpoints = find_checkpoints(Path(s.out_dir))
+    saved = read_checkpoint(checkpoints[0]) if checkpoints else {}
+
+    # Matrix products are computed in dtype, weights and their updates stay in float32.
+    device = choose_device(s.device)
+    s.dtype = run.agree_on_dtype(s.dtype, device, saved)
+    dtype = getattr(torch, s.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    model.to(device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizers = make_optimizers(model, s, dtype)
+    # float16 gradients are scaled, or the small ones would become 0. With another dtype the scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = 0  # steps that are done
+    seconds_before = 0.0  # that an earlier process has trained
+    if saved:
+        run.check_same_run(saved, s, model, metadata)
+        step, seconds_before = restore(saved, model, optimizers, scaler)
+
+    loss_fn = loss_fn or next_token_loss
+    compiled_loss = try_compile(loss_fn, device) if s.compile else loss_fn
+    tokenizer = load_tokenizer(metadata["tokenizer"], f"{s.data_dir}/tokenizer.model")
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * train_data.tokens_per_sequence
+    run.print_settings(s, model, train_data, step)
+    log = run.start_log(s, step)
+    stop_requested = run.catch_signals()
+    bar = tqdm(total=s.max_iters, initial=step, unit="step", disable=None if is_main_process else True)
+
+    if step == 0 and is_main_process:
+        # Before the first step every token is about equally likely: the loss is near ln(vocab_size).
+        metrics = evaluate(compiled_loss, model, val_data, tokenizer, s, autocast)
+        log({"step": 0, "tokens": 0, **metrics})
+        print_validation(0, metrics)
+
+    progress = progress_of(step, seconds_before, s)  # the share of the run that is done
+    stopping = False
+    recent = []  # metrics of the steps since the last line of the log, still on the device
+    logged_at = time.perf_counter()
+    next_batch = get_batch(train_data, step, s, device)
+    while progress < 1 and not stopping:
+        # Forward and backward. A loss is a sum over tokens; it is divided once, by all targets of the step.
+        micro_batches, denominator = next_batch
+        sums: dict[str, torch.Tensor] = {}  # of each metric, over the micro-batches
+        for batch in micro_batches:
+            with autocast:
+                metrics = compiled_loss(model, batch)
+            scaler.scale(metrics["loss"] / denominator).backward()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value.detach()  # ()
+        next_batch = get_batch(train_data, step + 1, s, device)  # while the device still computes
+        # Why not DistributedDataParallel: it would wrap the model, and transfer gradients during the last backward
+        # pass. One transfer after all micro-batches gives the same sums.
+        gradients = [p.grad for p in trainable if p.grad is not None]
+        run.all_reduce(*sums.values(), *gradients)
+
+        # Clip and step
+        learning_rate = learning_rate_at(progress, s)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.grad_clip or math.inf)  # (), before clipping
+        overflowed = scaler.is_enabled() and not grad_norm.isfinite()  # in float16: then no optimizer takes the step
+        for optimizer in optimizers:
+            if not overflowed:
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        recent.append({name: total / denominator for name, total in sums.items()})
+        step += 1
+        bar.update()
+
+        # At intervals, and at the end: log, evaluate, save, sample
+        elapsed = time.perf_counter() - started_at
+        stopping, seconds = run.agree_on_end(stop_requested.is_set(), seconds_before + elapsed)
+        progress = progress_of(step, seconds, s)
+        last = progress >= 1
+        should_eval = last or step % s.eval_interval == 0
+        should_save = last or stopping or step % s.save_interval == 0
+        should_sample = s.sample_interval > 0 and (last or step % s.sample_interval == 0)
+        should_log = should_eval or should_save or should_sample or step % s.log_interval == 0
+        if should_log:
+            means = mean_of_each(recent)  # waits for the device
+            speed = len(recent) * tokens_per_step / (time.perf_counter() - logged_at)
+            run.check_convergence(step, means["loss"], grad_norm.item(), scaler, s)
+            line = {"step": step, "tokens": step * tokens_per_step, **means}
+            line["grad_norm"] = None if overflowed else grad_norm.item()
+            line["learning_rate"] = learning_rate
+            line["tokens_per_second"] = speed
+            if device.type == "cuda":
+                line["peak_memory"] = torch.cuda.max_memory_allocated()  # bytes
+            bar.set_postfix(loss=f"{means['loss']:.3f}", tokens_s=f"{speed:,.0f}")
+            if should_eval and is_main_process:
+                metrics = evaluate(compiled_loss, model, val_data, tokenizer, s, autocast)
+                line.update(metrics)
+                print_validation(step, metrics)
+            log(line)
+        if should_save:
+            run.check_weights(trainable, step)
+            if is_main_process:
+                save(s, model, optimizers, scaler, step, seconds, metadata)
+        if should_sample and is_main_process:
+            print_sample(model, tokenizer, prompt or [tokenizer.eos_id()], s.seed)
+        if should_log:
+            recent = []
+            logged_at = time.perf_counter()  # only training counts for the speed
+
+    bar.close()
+    run.print_end(step, finished=progress >= 1)
 
 
 # ---- Data ------------------------------------------------------------------------------------------
+
+
+def open_data(s: Settings) -> tuple["TokenDataset", "TokenDataset", dict, dict]:
+    """Training and validation data, meta.json, and the metadata for checkpoints. Raises UserError."""
+    folder = Path(s.data_dir)
+    meta, tokenizer = read_meta(folder)
+    end_token = meta["end_token"] if s.document_mask else None
+    train_data = TokenDataset(folder / "train.bin", meta, s.block_size, s.seed, end_token)
+    val_data = TokenDataset(folder / "val.bin", meta, s.block_size, 0, end_token)  # the same for every seed
+    metadata = {"tokenizer": tokenizer, "data": meta["train"]}
+    return train_data, val_data, meta, metadata
+
+
+def read_meta(folder: Path) -> tuple[dict, bytes]:
+    """meta.json of a prepared folder, and the bytes of its tokenizer. Raises UserError."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8-sig"))
+        tokenizer = (folder / "tokenizer.model").read_bytes()
+    except OSError as e:
+        reason = f"{e.filename}: {e.strerror}"
+        raise UserError(f"{folder}: no prepared data ({reason}); run prepare.py --out_dir {folder}") from None
+    except ValueError as e:
+        raise UserError(f"{folder}/meta.json: {e}; run prepare.py --out_dir {folder}") from None
+    if not isinstance(meta, dict) or not {"train", "val", "vocab_size", "end_token"} <= meta.keys():
+        raise UserError(f"{folder}/meta.json: not written by prepare.py; run prepare.py --out_dir {folder}")
+    return meta, tokenizer
+
+
+def open_tokens(path: Path, meta: dict) -> np.ndarray:
+    """The tokens of a .bin file, memory-mapped: read from the disk where they are needed. Raises UserError."""
+    size = path.stat().st_size
+    expected = 2 * meta[path.stem]["tokens"]  # uint16: two bytes each
+    if size != expected or size == 0:
+        raise UserError(f"{path}: has {size:,} bytes, meta.json says {expected:,}; run prepare.py again")
+    return np.memmap(path, dtype="<u2", mode="r")
 
 
 class ShuffledDataset:
@@ -115,21 +262,25 @@ class ShuffledDataset:
     """
 
     def __init__(self, path: Path, length: int, seed: int, tokens_per_sequence: int):
-        self.path, self.length, self.seed, self.tokens_per_sequence = path, length, seed, tokens_per_sequence
-        self.epoch = -1
+        self.path = path
+        self.length = length
+        self.seed = seed
+        self.tokens_per_sequence = tokens_per_sequence
+        self.epoch = -1  # of self.order
+
+    def __len__(self) -> int:
+        return self.length
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Sequences number first to first + count - 1 of the run."""
         indices = []
         for n in range(first, first + count):
-            epoch, i = divmod(n, len(self))
+            epoch, i = divmod(n, self.length)
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+                self.epoch = epoch
+                self.order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
             indices.append(self.order[i])
         return self.sequences(indices)
-
-    def __len__(self) -> int:
-        return self.length
 
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -140,520 +291,336 @@ class ShuffledDataset:
 
 
 class TokenDataset(ShuffledDataset):
-    """A .bin file cut into sequences of block_size tokens, wherever the cut falls."""
+    """A .bin file cut into sequences of block_size tokens, wherever the cut falls.
+
+    A sequence of five tokens (E: the end token; letters: tokens of stories):
+
+        train.bin    ... c d E f g h i E ...
+        tokens           c d E f g
+        targets          d E f g h      (the tokens one place further)
+        documents        0 0 1 1 1      (an end token belongs to the story after it, as in sampling)
+    """
 
     def __init__(self, path: Path, meta: dict, block_size: int, seed: int, end_token: int | None = None):
         """With end_token, batches say which story a token belongs to. Raises UserError."""
-        self.tokens, self.end_token = open_tokens(path, meta), end_token
-        super().__init__(path, (len(self.tokens) - 1) // block_size, seed, block_size)
+        self.tokens = open_tokens(path, meta)
+        self.end_token = end_token
+        length = (len(self.tokens) - 1) // block_size  # the last target is one token further
+        super().__init__(path, length, seed, block_size)
 
     def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """tokens, targets (the tokens one place further) and perhaps documents, (B, T) each."""
+        """tokens, targets and perhaps documents, (B, T) each."""
         T = self.tokens_per_sequence
-        windows = np.stack([self.tokens[i * T : i * T + T + 1] for i in indices])
+        windows = np.stack([self.tokens[i * T : i * T + T + 1] for i in indices])  # (B, T + 1)
         both = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
-        # Contiguous: only then does pinning help the copy to a GPU.
-        batch = {"tokens": both[:, :-1].contiguous(), "targets": both[:, 1:].contiguous()}
-        if self.end_token is not None:  # an end token belongs to the story after it, as in sampling
-            batch["documents"] = (batch["tokens"] == self.end_token).cumsum(dim=1)
+        tokens = both[:, :-1].contiguous()  # only then does pinning help the copy to a GPU
+        targets = both[:, 1:].contiguous()
+        batch = {"tokens": tokens, "targets": targets}
+        if self.end_token is not None:
+            batch["documents"] = (tokens == self.end_token).cumsum(dim=1)
         return batch
 
 
-def read_meta(folder: Path) -> tuple[dict, bytes]:
-    """meta.json of a prepared folder, and the bytes of its tokenizer. Raises UserError."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8-sig"))
-        meta["train"]["tokens"], meta["val"]["tokens"], meta["vocab_size"], meta["end_token"]  # raises KeyError
-        return meta, (folder / "tokenizer.model").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else f"meta.json: {e!r}"
-        raise UserError(f"{folder}: no prepared data ({reason}); run prepare.py --out_dir {folder}") from None
-
-
-def open_tokens(path: Path, meta: dict) -> np.ndarray:
-    """The tokens of a .bin file, memory-mapped. Raises UserError if its size is not that of meta.json."""
-    size, expected = path.stat().st_size, 2 * meta[path.stem]["tokens"]
-    if size != expected or not size:
-        raise UserError(f"{path}: has {size:,} bytes, meta.json says {expected:,}; run prepare.py again")
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
-def open_data(s: Settings) -> tuple[TokenDataset, TokenDataset, dict, dict]:
-    """Training and validation data, meta.json, and the metadata for checkpoints. Raises UserError."""
-    folder = Path(s.data_dir)
-    meta, tokenizer = read_meta(folder)
-    end_token = meta["end_token"] if s.document_mask else None
-    train_data = TokenDataset(folder / "train.bin", meta, s.block_size, s.seed, end_token)
-    val_data = TokenDataset(folder / "val.bin", meta, s.block_size, 0, end_token)  # the same for every seed
-    return train_data, val_data, meta, {"tokenizer": tokenizer, "data": meta["train"]}
-
-
 def get_batch(data: ShuffledDataset, step: int, s: LoopSettings, device) -> tuple[list[dict], float]:
-    """This process's micro-batches of a step, and the denominator of the whole step's loss."""
-    micro_batches, denominator = [], torch.zeros((), dtype=torch.float64)
-    for i in range(RANK, s.gradient_accumulation_steps, WORLD_SIZE):
-        batch = data.batch((step * s.gradient_accumulation_steps + i) * s.batch_size, s.batch_size)
+    """This process's micro-batches of a step, and the denominator of the whole step's loss.
+
+    Processes take turns. With gradient_accumulation_steps = 4, batch_size = 2 and two processes:
+
+        step 0    process 0    micro-batches 0, 2    sequences 0 1, 4 5
+                  process 1    micro-batches 1, 3    sequences 2 3, 6 7
+        step 1    process 0    micro-batches 4, 6    sequences 8 9, 12 13
+                  process 1    micro-batches 5, 7    sequences 10 11, 14 15
+
+    One process alone would take all four, and the sum of the gradients would be the same.
+    """
+    micro_batches = []
+    denominator = torch.zeros((), dtype=torch.float64)
+    for i in range(run.rank(), s.gradient_accumulation_steps, run.world_size()):
+        micro_step = step * s.gradient_accumulation_steps + i
+        first_sequence = micro_step * s.batch_size
+        batch = data.batch(first_sequence, s.batch_size)
         denominator += data.loss_denominator(batch)
-        if device.type == "cuda":  # from pinned memory the copy is asynchronous
-            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        micro_batches.append({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-    all_reduce(denominator)
+        micro_batches.append(move(batch, device))
+    run.all_reduce(denominator)
     return micro_batches, denominator.item()
 
 
-# ---- Several processes, each with its share of the micro-batches -----------------------------------
+def move(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
+    """The batch on the device. To a GPU the copy is asynchronous, which it is from pinned memory only."""
+    moved = {}
+    for name, tensor in batch.items():
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        moved[name] = tensor.to(device, non_blocking=True)
+    return moved
 
 
-@contextlib.contextmanager
-def process_group(s: LoopSettings):
-    """Run the body as one of torchrun's processes, or alone. The first process locks s.out_dir."""
-    configure_pytorch(s)
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if choose_device(s.device).type == "cuda" else "gloo"
-        dist.init_process_group(backend)
-    torch.manual_seed(s.seed)
-    out_dir = Path(s.out_dir)
-    with locked(out_dir / "lock", out_dir) if RANK == 0 else contextlib.nullcontext():
-        yield
-        all_reduce(torch.zeros(1))  # the others wait until the first has saved
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# ---- How long, and how fast ------------------------------------------------------------------------
 
 
-def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
-    """Sum each tensor over all processes, in place, in one transfer. Raises UserError if one has ended or hangs."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        try:
-            dist.all_reduce(flat, op)
-        except RuntimeError as e:
-            reason = str(e).splitlines()[0]
-            raise UserError(f"another process has ended or hangs ({reason}); continue with --resume=True") from None
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(total.view_as(tensor))
-
-
-# ---- Learning rate and optimizers ------------------------------------------------------------------
+def number_of_steps(s: LoopSettings, data: ShuffledDataset) -> int:
+    """max_iters, or the steps that `epochs` passes over the data take."""
+    if s.epochs == 0:
+        return s.max_iters
+    sequences_per_step = s.batch_size * s.gradient_accumulation_steps
+    return math.ceil(s.epochs * len(data) / sequences_per_step)
 
 
 def progress_of(step: int, seconds: float, s: LoopSettings) -> float:
-    """Which share of a run is done, by its steps or by its time; 1 is the end."""
-    return max(step / s.max_iters, seconds / (60 * s.minutes) if s.minutes else 0.0)
+    """The share of a run that is done, by its steps or by its time, whichever is more; 1 is the end."""
+    progress = step / s.max_iters
+    if s.minutes > 0:
+        progress = max(progress, seconds / (60 * s.minutes))
+    return progress
 
 
-def learning_rate_at(step: int, progress: float, s: LoopSettings) -> float:
-    """Linear warm-up by steps; then, by progress, half a cosine, or constant and linear (wsd, arXiv:2404.06395)."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / s.warmup_iters
-    warmup = min(s.warmup_iters / s.max_iters, progress)
-    left = max(0.0, 1 - progress) / max(1e-9, 1 - warmup)  # 1 after the warm-up, 0 at the end
+def learning_rate_at(progress: float, s: LoopSettings) -> float:
+    """Linear warm-up; then half a cosine, or constant and then linear (wsd, arXiv:2404.06395).
+
+    `progress`, from 0 to 1, is the share of the run that is done. The warm-up is a share of the run too.
+    """
+    warmup = s.warmup_iters / s.max_iters
+    if progress < warmup:
+        one_step = 1 / s.max_iters  # so that the first rate is not 0
+        return s.learning_rate * min(1.0, (progress + one_step) / warmup)
+    remaining = (1 - progress) / (1 - warmup)  # 1 after the warm-up, 0 at the end
+    remaining = max(0.0, remaining)
     if s.schedule == "cosine":
-        share = 0.5 - 0.5 * math.cos(math.pi * left)
+        share = 0.5 - 0.5 * math.cos(math.pi * remaining)
+    elif s.decay_fraction > 0:
+        share = min(1.0, remaining / s.decay_fraction)
     else:
-        share = min(1.0, left / s.decay_fraction) if s.decay_fraction else 1.0
+        share = 1.0
     return s.min_lr + (s.learning_rate - s.min_lr) * share
+
+
+# ---- The optimizers --------------------------------------------------------------------------------
+
+
+def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Muon is for maps from vectors to vectors. The embedding is none: it looks rows up. It is also the output matrix,
+    which is a map, but as both are one matrix, AdamW has it. With LoRA (sft.py) Muon has the matrices A and B.
+    `dtype` is that of the matrix products.
+    """
+    muon_matrices = []
+    other_matrices = []
+    vectors = []  # the weights of RMSNorm, without weight decay
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            vectors.append(p)
+        elif s.optimizer == "muon" and name.startswith("blocks."):
+            muon_matrices.append(p)
+        else:
+            other_matrices.append(p)
+    optimizers: list[torch.optim.Optimizer] = []
+    if other_matrices or vectors:
+        groups = [
+            {"params": other_matrices, "weight_decay": s.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizers.append(torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True))
+    if muon_matrices:
+        muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(muon_matrices, s.weight_decay, s.momentum, muon_dtype))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose updates are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    A gradient is large in few directions; an orthogonal update moves the weights equally in all. For a matrix W with
+    gradient G, momentum mu, learning rate lr and weight decay wd:
+
+        buffer    = mu * buffer + (1 - mu) * G
+        direction = orthogonalize(mu * buffer + (1 - mu) * G)          Nesterov: one step of momentum ahead
+        W         = (1 - lr * wd) * W - lr * scale * direction         scale = 0.2 * sqrt(max(rows, columns))
+
+    With this scale (Liu et al. 2025, arXiv:2502.16982, equation 4) it takes AdamW's learning rate and weight decay.
+    Unlike `torch.optim.Muon` it takes all matrices of a shape together, and in `dtype`: bfloat16 is slow on many CPUs.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
+        for group in self.param_groups:
+            matrices_of_shape = collections.defaultdict(list)
+            for p in group["params"]:
+                matrices_of_shape[p.shape].append(p)
+            for shape, matrices in matrices_of_shape.items():
+                lookaheads = [self.update_buffer(p, group["momentum"]) for p in matrices]
+                stacked = torch.stack(lookaheads).to(self.dtype)  # (N, rows, columns)
+                directions = orthogonalize(stacked).to(matrices[0].dtype)  # (N, rows, columns)
+                scale = 0.2 * math.sqrt(max(shape))
+                for p, direction in zip(matrices, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction, alpha=-group["lr"] * scale)
+
+    def update_buffer(self, p, momentum: float) -> torch.Tensor:
+        """Add the gradient to the momentum of a matrix. Returns mu * buffer + (1 - mu) * G, (rows, columns)."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"]
+        gradient = p.grad
+        buffer.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Matrices near x, (N, rows, columns), with all singular values near 1.
 
     Five Newton-Schulz iterations: each maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, which moves
-    values between 0.01 and 1 to somewhere between 0.7 and 1.2.
+    values between 0.01 and 1 to somewhere between 0.68 and 1.13.
     """
-    wide = x.mT if x.size(1) > x.size(2) else x  # the products below are then of the shorter side
-    y = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT  # the products below are then of the shorter side
+    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), y, beta=3.4445)
-    return y.mT if x.size(1) > x.size(2) else y
+        polynomial = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)  # -4.775 s^2 + 2.0315 s^4
+        y = torch.baddbmm(y, polynomial, y, beta=3.4445)
+    return y.mT if is_tall else y
 
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose updates are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    A gradient is large in few directions; an orthogonal update moves the weights equally in all. Scaled as in Liu et
-    al. 2025, arXiv:2502.16982, equation 4, it takes AdamW's learning rate and weight decay.
-
-    Unlike `torch.optim.Muon` it takes all matrices of a shape together, and in `dtype`: bfloat16 is slow on many CPUs.
-    """
-
-    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype, self.orthogonalize = dtype, orthogonalize
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # takes no closure
-        for group in self.param_groups:
-            by_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                by_shape[p.shape].append(p)
-            for shape, weights in by_shape.items():
-                for p in weights:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                grads, means = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
-                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-                nesterov = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # (N, rows, columns)
-                updates = self.orthogonalize(nesterov.to(self.dtype)).to(nesterov.dtype)  # (N, rows, columns)
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
-
-
-def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or Muon for the matrices inside the blocks and AdamW for the rest.
-
-    The embedding is a table whose rows are looked up, not a map from vectors to vectors, so it is not Muon's.
-    `dtype` is that of the matrix products.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    in_blocks = set(model.blocks.parameters()) if s.optimizer == "muon" else set()
-    matrices = [p for p in trainable if p in in_blocks and p.dim() == 2]
-    rest = [p for p in trainable if p not in in_blocks or p.dim() < 2]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},  # the weights of RMSNorm
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if rest:
-        optimizers.append(torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True))
-    if matrices:
-        muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        optimizers.append(muon := Muon(matrices, s.weight_decay, s.momentum, muon_dtype))
-        if s.compile and matrices[0].is_cuda:  # there the small products take less time than their launches
-            muon.orthogonalize = try_compile(orthogonalize, matrices[0].device)
-    return optimizers
-
-
-# ---- Loss, evaluation, logging ---------------------------------------------------------------------
+# ---- Loss, metrics, evaluation ---------------------------------------------------------------------
 
 
 def next_token_loss(model: GPT, batch: dict) -> dict[str, torch.Tensor]:
-    """The summed loss of a batch."""
+    """The summed loss of a batch. A sum, as a mean would weigh a token by the micro-batch it is in (see GPT.loss)."""
     return {"loss": model.loss(**batch)}
 
 
-@torch.no_grad()
-def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, names: list[str], s, autocast) -> dict:
-    """The means of the metrics `names` on s.eval_sequences of the validation data."""
-    totals = torch.zeros(len(names) + 2, dtype=torch.float64)  # and the denominator, and characters
-    n, device = min(s.eval_sequences, len(data)), model.embedding.weight.device
-    for first in range(RANK * s.batch_size, n, WORLD_SIZE * s.batch_size):
-        batch = data.batch(first, s.batch_size)
-        batch["targets"][n - first :] = IGNORE  # beyond the sample; the shape stays
-        texts = tokenizer.decode([t[t != IGNORE].tolist() for t in batch["targets"]])
-        with autocast:
-            metrics = loss_fn(model, {name: tensor.to(device) for name, tensor in batch.items()})
-        sums = [*map(float, metrics.values()), data.loss_denominator(batch), sum(map(len, texts))]
-        totals += torch.tensor(sums, dtype=torch.float64)
-    all_reduce(totals)
-    *sums, denominator, characters = totals.tolist()
-    means = {f"val_{name}": total / denominator for name, total in zip(names, sums, strict=True)}
-    if names == ["loss"]:  # then it is the loss of the text itself
-        means["val_perplexity"] = math.exp(min(means["val_loss"], 700))
-        means["val_bits_per_character"] = sums[0] / max(1, characters) / math.log(2)
+def mean_of_each(recent: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The mean of each metric over some steps. Reading it waits for the device."""
+    means = {}
+    for name in recent[0]:
+        values = torch.stack([metrics[name] for metrics in recent])  # (steps,)
+        means[name] = values.mean().item()
     return means
 
 
-def open_log(s: LoopSettings, step: int):
-    """A function that appends a line to metrics.jsonl and shows it in s.logger. Raises UserError.
+@torch.no_grad()
+def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, s: LoopSettings, autocast) -> dict[str, float]:
+    """The means of the metrics on s.eval_sequences of the validation data, with val_ before their names.
 
-    Lines after `step` are removed: the curve of a resumed run never goes back.
+    A loss of text itself is also given as perplexity, and in bits per character, which do not depend on the tokenizer.
     """
-    path = Path(s.out_dir, "metrics.jsonl")
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    with atomic_write(path) as f:
-        f.writelines(line for line in lines if line.endswith(b"}\n") and json.loads(line)["step"] <= step)
-    file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
-    try:
-        show = {"tensorboard": to_tensorboard, "wandb": to_wandb}[s.logger](s, step) if s.logger else lambda line: None
-    except Exception as e:  # not installed, not logged in, no network
-        raise UserError(f"logger = {s.logger!r}: {e}") from None
-
-    def log(line: dict) -> None:
-        try:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())  # the lines of a checkpoint are on the disk before it is
-        except OSError as e:  # the error of a full disk has no file name
-            raise UserError(f"{path}: {e.strerror}") from None
-        show(line)
-
-    return log
-
-
-def to_tensorboard(s: LoopSettings, step: int):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(s.out_dir, purge_step=step + 1)  # hides what a killed run logged after its checkpoint
-
-    def show(line: dict) -> None:
-        for name, value in line.items():
-            if value is not None and name != "step":
-                writer.add_scalar(name, value, line["step"])
-        writer.flush()  # a killed run loses nothing
-
-    return show
+    device = model.embedding.weight.device
+    n_sequences = min(s.eval_sequences, len(data))
+    totals: dict[str, float] = collections.defaultdict(float)
+    denominator = 0.0
+    n_characters = 0
+    for first in range(0, n_sequences, s.batch_size):
+        batch = data.batch(first, s.batch_size)
+        batch["targets"][n_sequences - first :] = IGNORE  # a batch of the same shape needs no other compiled program
+        with autocast:
+            metrics = loss_fn(model, move(batch, device))
+        for name, value in metrics.items():
+            totals[name] += value.item()
+        denominator += data.loss_denominator(batch)
+        for targets in batch["targets"].flatten(0, -2):  # (T,)
+            n_characters += len(tokenizer.decode(targets[targets != IGNORE].tolist()))
+    means = {f"val_{name}": total / denominator for name, total in totals.items()}
+    if list(totals) == ["loss"]:
+        nats_per_character = totals["loss"] / max(1, n_characters)
+        means["val_perplexity"] = math.exp(min(means["val_loss"], 700))  # a float ends at e^709
+        means["val_bits_per_character"] = nats_per_character / math.log(2)
+    return means
 
 
-def to_wandb(s: LoopSettings, step: int):
-    import wandb
-
-    id_file = Path(s.out_dir, "wandb_id")  # a resumed run continues its curves
-    run_id = id_file.read_text() if step and id_file.exists() else None
-    run = wandb.init(id=run_id, resume="allow", name=s.out_dir, dir=s.out_dir, config=dataclasses.asdict(s))
-    id_file.write_text(run.id)
-    return lambda line: run.log(line, step=line["step"])
-
-
-# ---- The loop --------------------------------------------------------------------------------------
-
-
-def check_run(s: LoopSettings, train_data: ShuffledDataset, val_data: ShuffledDataset) -> None:
-    """Raise a UserError if settings, data and processes do not fit. Set max_iters from epochs."""
-    if (n := s.gradient_accumulation_steps) % WORLD_SIZE:
-        raise UserError(f"gradient_accumulation_steps = {n}: not a multiple of {WORLD_SIZE} processes")
-    for data, advice in ((train_data, "add stories"), (val_data, "prepare with a larger --val_fraction")):
-        if not len(data):
-            missing = f"holds no sequence of {s.block_size} tokens and one more"
-            raise UserError(f"{data.path}: {missing}; lower block_size, or {advice}")
-    if s.epochs:
-        s.max_iters = math.ceil(s.epochs * len(train_data) / (s.batch_size * s.gradient_accumulation_steps))
-    if s.warmup_iters >= s.max_iters and RANK == 0:
-        share = s.max_iters / s.warmup_iters
-        print(f"warmup_iters = {s.warmup_iters}: all steps are warm-up, up to {share:.0%} of learning_rate; lower it")
-
-
-def check_same_run(saved: dict, path: Path, s: LoopSettings, model: GPT, metadata: dict) -> None:
-    """Raise a UserError if the checkpoint is of another model, other data, or has another `fixed` setting."""
-    for field in dataclasses.fields(s):
-        # A setting newer than the checkpoint: its default is how training was before.
-        now, then = getattr(s, field.name), saved.get("settings", {}).get(field.name, field.default)
-        if field.metadata.get("fixed") and now != then:
-            raise UserError(f"{field.name} = {now!r}: {path} has {then!r}; use that")
-    for name, value in ({"model_config": dataclasses.asdict(model.config)} | metadata).items():
-        if saved.get(name) != value:
-            raise UserError(f"{path}: that run had another {name} than this one; choose another out_dir")
-
-
-def settle_dtype(s: LoopSettings, device: torch.device, saved: dict) -> torch.dtype:
-    """The type of the matrix products in all processes; s.dtype becomes it. On a CPU a resumed run keeps its type."""
-    kept = saved.get("settings", {}).get("dtype")
-    if s.dtype == "auto" and device.type == "cpu" and kept in ("float32", "bfloat16"):
-        s.dtype = kept
-    chosen = [choose_dtype(s.dtype, device, show=RANK == 0)]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(chosen)
-    s.dtype = str(chosen[0]).removeprefix("torch.")
-    return chosen[0]
-
-
-def configure_pytorch(s: LoopSettings) -> None:
-    """Deterministic algorithms, if asked for; and glibc keeps freed memory: giving it back to the system and getting
-    it again takes a fifth of a CPU's training step."""
-    if s.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(s.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, takes time
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: allocate on the heap only
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def catch_signals() -> threading.Event:
-    """Ctrl-C and SIGTERM set the event, which ends the run after the step; a second one ends it at once."""
-    requested = threading.Event()
-
-    def on_signal(number, frame):
-        requested.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return requested
-
-
-def read_metrics(recent: list[torch.Tensor], names: list[str], step: int, scaler, s: LoopSettings) -> dict:
-    """The means of the last steps' metrics, and the last gradient norm. Reading them waits for the device.
-
-    recent: for each step its metrics and gradient norm, (metrics + 1,). Raises UserError if one is not finite.
-    """
-    *columns, norms = torch.stack(recent).T.tolist()
-    means = {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
-    finite = math.isfinite(means["loss"]) and (scaler.is_enabled() or all(map(math.isfinite, norms)))
-    if not finite or (scaler.is_enabled() and scaler.get_scale() < 1):  # it halves at each overflow of float16
-        found = f"loss {means['loss']}, gradient norm {norms[-1]}"
-        raise UserError(f"step {step}: {found}; training diverged; try a learning_rate below {s.learning_rate}")
-    return means | {"grad_norm": norms[-1] if math.isfinite(norms[-1]) else None}
-
-
-def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
-    """Raise a UserError if weights are not finite or differ between the processes."""
-    sums = torch.stack([p.detach().float().sum() for p in trainable]).cpu()  # (parameters,)
-    both = torch.stack([sums, -sums])  # (2, parameters): their maxima are the largest sums and the smallest
-    most = both.clone()
-    all_reduce(most, op=dist.ReduceOp.MAX)
-    if not most.equal(both) or not sums.isfinite().all():
-        wrong = "weights are not finite or differ between processes"
-        raise UserError(f"step {step}: {wrong}; not saved; go back to the last checkpoint with --resume=True")
+def print_validation(step: int, metrics: dict[str, float]) -> None:
+    shown = [f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in metrics.items()]
+    tqdm.write(f"step {step:,}: validation {', '.join(shown)}")
 
 
 @torch.no_grad()
-def print_sample(model: GPT, tokenizer, prompt: list[int], s: LoopSettings) -> None:
-    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens; sample.py has more options."""
-    device, story = model.embedding.weight.device, list(prompt)
-    cache, generator = model.new_cache(1, model.config.block_size), torch.Generator(device).manual_seed(s.seed)
-    for position in range(model.config.block_size - 1):
-        token, at = (torch.tensor([[n]], device=device) for n in (story[position], position))  # (1, 1) each
-        logits = model(token, positions=at, cache=cache)[0, 0]  # (V,)
-        if position == len(story) - 1:  # the prompt is read
-            values, likely = (logits / 0.8).topk(min(50, logits.numel()))  # (50,) each
-            new = likely[torch.multinomial(values.softmax(dim=-1), 1, generator=generator)].item()
-            if new == tokenizer.eos_id():
-                break
-            story.append(new)
-    instruction = " | ".join(tokenizer.decode(prompt).splitlines())  # empty for a plain story
-    text = tokenizer.decode(story[len(prompt) :]).rstrip("\ufffd")  # the last character may be cut
-    tqdm.write((f"[{instruction}]\n" if instruction else "") + text + "\n")
+def print_sample(model: GPT, tokenizer, prompt: list[int], seed: int) -> None:
+    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens. sample.py is faster (KV cache)."""
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    story: list[int] = []
+    while len(prompt) + len(story) < model.config.block_size:
+        tokens = torch.tensor([prompt + story], device=device)  # (1, T)
+        last = torch.tensor([tokens.size(1) - 1], device=device)  # (1,)
+        logits = model(tokens, last=last)[0, 0]  # (V,)
+        values, likely = (logits / 0.8).topk(min(50, logits.size(0)))  # (50,) each
+        index = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)  # (1,)
+        token = likely[index].item()
+        if token == tokenizer.eos_id():
+            break
+        story.append(token)
+    instruction = " | ".join(tokenizer.decode(prompt).splitlines())  # empty in pretraining
+    if instruction:
+        tqdm.write(f"[{instruction}]")
+    tqdm.write(tokenizer.decode(story).rstrip("\ufffd") + "\n")  # the last character may be cut
 
 
-def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=next_token_loss, prompt=None) -> None:
-    """Train `model` in place; write checkpoints and metrics.jsonl to out_dir. Raises UserError.
+# ---- Saving and restoring --------------------------------------------------------------------------
 
-    loss_fn(model, batch) returns sums over a batch: "loss", and other metrics to log. `metadata` goes into every
-    checkpoint: the tokenizer's bytes and what else sampling needs. `prompt`, tokens, begins the sample stories.
+
+def save(s, model: GPT, optimizers: list, scaler, step: int, seconds: float, metadata: dict) -> None:
+    """Write a checkpoint to out_dir: it is there whole, or not at all. Remove all but the two newest.
+
+    It does not depend on the device or the number of processes: a run on one GPU may continue on two, or on a CPU.
     """
-    start, out_dir = time.perf_counter(), Path(s.out_dir)
-    check_run(s, train_data, val_data)
-    device, checkpoints = choose_device(s.device), find_checkpoints(out_dir)
-    if checkpoints and not s.resume:
-        raise UserError(f"{out_dir}: holds a run ({checkpoints[0].name}); add --resume=True or choose another out_dir")
-    saved = read_checkpoint(checkpoints[0]) if checkpoints else {}
-    dtype = settle_dtype(s, device, saved)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_config": dataclasses.asdict(model.config),
+        "settings": dataclasses.asdict(s),
+        "step": step,  # says which sequence is next, see ShuffledDataset
+        "seconds": seconds,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "scaler": scaler.state_dict(),
+        **metadata,
+    }
+    out_dir = Path(s.out_dir)
+    with atomic_write(out_dir / f"ckpt_{step:06d}.pt") as f:
+        torch.save(checkpoint, f)
+    for old in find_checkpoints(out_dir)[2:]:
+        old.unlink()
+    for unfinished in out_dir.glob("ckpt_*.pt.tmp"):  # of a process that was killed
+        unfinished.unlink()
 
-    # Model and optimizers. float16 gradients are scaled, or they would underflow; else the scaler does nothing.
-    model.to(device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizers = make_optimizers(model, s, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # Resume from the newest checkpoint in out_dir
-    step, seconds_before = saved.get("step", 0), saved.get("seconds", 0.0)
-    if saved:
-        check_same_run(saved, checkpoints[0], s, model, metadata)
-        try:
-            model.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            if saved["scaler"]:  # empty if that run was not in float16
-                scaler.load_state_dict(saved["scaler"])
-        except (KeyError, ValueError, RuntimeError) as e:
-            raise UserError(f"{checkpoints[0]}: training cannot continue from it ({e!r}); remove it") from None
+def restore(checkpoint: dict, model: GPT, optimizers: list, scaler) -> tuple[int, float]:
+    """Load what `save` has written into model, optimizers and scaler. Returns the steps and seconds that are done."""
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    if checkpoint["scaler"]:  # empty if that run was not in float16
+        scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"], checkpoint.get("seconds", 0.0)
 
-    compiled_loss = try_compile(loss_fn, device) if s.compile else loss_fn
-    tokenizer = load_tokenizer(metadata["tokenizer"], f"{s.data_dir}/tokenizer.model")
-    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * train_data.tokens_per_sequence
-    if RANK == 0:
-        epochs = s.max_iters * s.batch_size * s.gradient_accumulation_steps / len(train_data)
-        print("\n".join(f"{key} = {value!r}" for key, value in dataclasses.asdict(s).items()))
-        print(f"{model.count_parameters():,} parameters, {device}, {dtype}, {tokens_per_step:,} tokens a step")
-        print(f"{s.max_iters:,} steps are {epochs:.1f} epochs of {len(train_data):,} sequences")
-        print(f"resuming at step {step:,}" if step else "starting from the beginning", flush=True)
-    peak_flops = matmul_flops(device, dtype) * WORLD_SIZE
-    log = open_log(s, step) if RANK == 0 else lambda line: None
-    stop_requested = catch_signals()
-    recent, stopping, seconds, clock = list[torch.Tensor](), False, seconds_before, time.perf_counter()
-    bar = tqdm(total=s.max_iters, initial=step, unit="step", disable=None if RANK == 0 else True)
-    next_batch = get_batch(train_data, step, s, device)
-    progress = progress_of(step, seconds, s)
-    while progress < 1 and not stopping:
-        # Forward and backward. The summed loss is divided once, by all targets of the step (why: GPT.loss).
-        micro_batches, denominator = next_batch
-        sums = []  # of the metrics, for each micro-batch
-        for batch in micro_batches:
-            with autocast:
-                metrics = compiled_loss(model, batch)
-            scaler.scale(metrics["loss"] / denominator).backward()
-            sums.append(torch.stack(list(metrics.values())).detach())  # (metrics,)
-        next_batch = get_batch(train_data, step + 1, s, device)  # while the device still computes
-        means = torch.stack(sums).sum(dim=0) / denominator  # (metrics,)
-        all_reduce(means, *(p.grad for p in trainable if p.grad is not None))
 
-        # Clip and step
-        learning_rate = learning_rate_at(step, progress, s)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.grad_clip or math.inf)  # (), before clipping
-        for optimizer in optimizers:
-            if not scaler.is_enabled() or grad_norm.isfinite():  # after a float16 overflow none takes the step
-                scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        recent.append(torch.cat([means, grad_norm.view(1)]))  # (metrics + 1,)
-        bar.update()
+# ---- The command -----------------------------------------------------------------------------------
 
-        # What all processes must know alike: does one have to stop, and how long has this run taken?
-        step += 1
-        elapsed = time.perf_counter() - start
-        shared = torch.tensor([stop_requested.is_set(), seconds_before + elapsed], dtype=torch.float64)
-        all_reduce(shared, op=dist.ReduceOp.MAX)
-        stopping, seconds = bool(shared[0]), shared[1].item()
-        progress = progress_of(step, seconds, s)
-        last = progress >= 1
-        should_save = last or stopping or step % s.save_interval == 0
-        should_eval = last or step % s.eval_interval == 0
-        should_sample = s.sample_interval > 0 and (last or step % s.sample_interval == 0)
-        if should_save or should_eval or should_sample or step % s.log_interval == 0:
-            line = {"step": step, "tokens": step * tokens_per_step}
-            line |= read_metrics(recent, list(metrics), step, scaler, s)
-            speed = len(recent) * tokens_per_step / (time.perf_counter() - clock)  # tokens a second
-            line |= {"learning_rate": learning_rate, "tokens_per_second": speed}
-            line |= {"mfu": speed * model.flops_per_token(s.block_size) / peak_flops}
-            line |= {"peak_memory": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
-            if should_eval:
-                line |= evaluate(compiled_loss, model, val_data, tokenizer, list(metrics), s, autocast)
-            log(line)
-            recent = []
-            bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_s=f"{speed:,.0f}")
-        if should_eval and RANK == 0:
-            shown = (f"{name[4:].replace('_', ' ')} {value:.4f}" for name, value in line.items() if "val_" in name)
-            tqdm.write(f"step {step:,}: validation {', '.join(shown)}")
-        if should_save:
-            check_weights(trainable, step)
-            if RANK == 0:
-                checkpoint = {
-                    "model": model.state_dict(),
-                    "model_config": dataclasses.asdict(model.config),
-                    "settings": dataclasses.asdict(s),
-                    "step": step,
-                    "seconds": seconds,
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "scaler": scaler.state_dict(),
-                    **metadata,
-                }
-                with atomic_write(out_dir / f"ckpt_{step:06d}.pt") as f:
-                    torch.save(checkpoint, f)
-                for old in find_checkpoints(out_dir)[2:]:
-                    old.unlink()
-        if should_sample and RANK == 0:
-            print_sample(model, tokenizer, prompt or [tokenizer.eos_id()], s)
-        if not recent:
-            clock = time.perf_counter()  # only training counts for the speed
 
-    bar.close()
-    if RANK == 0:
-        advice = "" if progress >= 1 else "; to continue, give the same command with --resume=True"
-        print(f"{'stopped' if advice else 'finished'} and saved at step {step}{advice}")
+def new_model(s: Settings, vocab_size: int) -> GPT:
+    """A model with random weights, of the shape that the settings give. Raises UserError."""
+    shape: dict = {"vocab_size": vocab_size}
+    for field in dataclasses.fields(ModelConfig):
+        if hasattr(s, field.name):
+            shape[field.name] = getattr(s, field.name)
+    try:
+        return GPT(ModelConfig(**shape))
+    except ValueError as e:
+        raise UserError(str(e)) from None
 
 
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
-    with process_group(s):
+    with run.training(s):
         train_data, val_data, meta, metadata = open_data(s)
-        train(s, new_model(s, meta["vocab_size"]), train_data, val_data, metadata)
+        model = new_model(s, meta["vocab_size"])
+        train(s, model, train_data, val_data, metadata)
 
 
 if __name__ == "__main__":

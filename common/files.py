@@ -42,6 +42,9 @@ class Parser(argparse.ArgumentParser):
 
 def report_errors(main) -> None:
     """Call main(). A UserError, or an error of the system, is printed in one line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or pythonw
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the program)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show Chinese prints \u5c0f instead
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:

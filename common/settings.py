@@ -25,8 +25,10 @@ def setting(default, at_least: float = 0, below=2**63, choices: tuple[str, ...] 
 def check_ranges(settings) -> None:
     """Raise a UserError that names the first setting outside its range. In paths, expand ~."""
     for field in dataclasses.fields(settings):
-        value, limits = getattr(settings, field.name), setting(None).metadata | field.metadata
-        least, end = limits["at_least"], limits["below"]
+        value = getattr(settings, field.name)
+        limits = field.metadata or setting(None).metadata
+        least = limits["at_least"]
+        end = limits["below"]
         if field.type in (int, float) and not least <= value < end:
             raise UserError(f"{field.name} = {value}: must be at least {least} and below {end}")
         if limits["choices"] and value not in limits["choices"]:
@@ -42,10 +44,12 @@ def read_config(path: str) -> dict:
             raise ValueError("over a megabyte: not a config file")
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        line, reason = getattr(e, "lineno", None) or 1, str(e) or type(e).__name__
-        reason += "; write / for a backslash" * ("unicodeescape" in reason)
+        line = getattr(e, "lineno", None) or 1
+        reason = str(e) or type(e).__name__
+        if "unicodeescape" in reason:
+            reason += "; write / for a backslash"
         raise UserError(f"{path}:{line}: cannot be read ({reason})") from None
-    values = {}
+    values: dict[str, Any] = {}
     for node in tree.body:
         try:
             match node:
@@ -64,37 +68,57 @@ def read_config(path: str) -> dict:
 def load_settings(arguments: list[str], cls: type, usage: str):
     """An instance of the dataclass `cls` from config files and --key=value; later ones win. Raises UserError."""
     types = typing.get_type_hints(cls)
-    values: dict = {}
-
-    def put(key, value, where):
-        if key not in types:
-            near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if types[key] is float and type(value) is int and abs(value) < 1 << 1000:
-            value = float(value)
-        if type(value) is not types[key]:
-            raise UserError(f"{where}: {key} must be of type {types[key].__name__}, not {value!r}")
-        if key == "max_iters":
-            values.pop("epochs", None)  # both say how long to train: the later one wins
-        values[key] = value
-
+    values: dict[str, Any] = {}
     for argument in arguments:
         if argument in ("-h", "--help"):
-            defaults = (f"    --{field.name}={field.default}" for field in dataclasses.fields(cls))
-            print(usage + "\nSettings and their defaults:", *defaults, sep="\n")
+            print_help(cls, usage)
             sys.exit()
         elif argument.startswith("--") and "=" in argument:
             key, text = argument[2:].split("=", 1)
-            try:
-                value = text if types.get(key) is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                value = text
-            put(key, value, argument)
+            given = {key: text if types.get(key) is str else read_value(text)}
         elif argument.startswith("-"):
             raise UserError(f"{argument}: settings are given as --key=value")
         else:
-            for key, value in read_config(argument).items():
-                put(key, value, argument)
+            given = read_config(argument)
+        for key, value in given.items():
+            check_key(key, types, argument)
+            if key == "max_iters":
+                values.pop("epochs", None)  # both say how long to train: the later one wins
+            values[key] = convert(key, value, types[key], argument)
     settings = cls(**values)
     check_ranges(settings)
     return settings
+
+
+def print_help(cls: type, usage: str) -> None:
+    print(usage + "\nSettings and their defaults:")
+    for field in dataclasses.fields(cls):
+        print(f"    --{field.name}={field.default}")
+
+
+def read_value(text: str):
+    """The number, True or False that a text spells; else the text, which is then of the wrong type."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text
+
+
+def check_key(key: str, types: dict, where: str) -> None:
+    """Raise a UserError that names the closest setting if `key` is none."""
+    if key in types:
+        return
+    closest = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
+    if key in RENAMED:
+        closest = [RENAMED[key]]
+    hint = f"; did you mean {closest[0]!r}?" if closest else ""
+    raise UserError(f"{where}: unknown key {key!r}{hint}")
+
+
+def convert(key: str, value, wanted: type, where: str):
+    """The value as a setting of type `wanted`. Only an int becomes a float. Raises UserError."""
+    if wanted is float and type(value) is int and abs(value) < 1 << 1000:
+        return float(value)
+    if type(value) is not wanted:
+        raise UserError(f"{where}: {key} must be of type {wanted.__name__}, not {value!r}")
+    return value

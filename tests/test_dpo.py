@@ -432,31 +432,46 @@ def test_pairs_have_no_cut_characters(tuned):
     """max_new_tokens may cut a character of several bytes: what is left of it is no text."""
     checkpoint = read_checkpoint(tuned)
     tokenizer = load_tokenizer(checkpoint["tokenizer"], tuned)
-    model, prompts = build_model(checkpoint, tuned), [[tokenizer.eos_id()]] * 64
+    model, prompts = build_model(checkpoint, tuned), [[tokenizer.eos_id()]] * 512
     options = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5}  # all tokens, also those of bytes
     steps = [tokens.tolist() for tokens in sample.generate(model, prompts, end_token=tokenizer.eos_id(), **options)]
     texts = [tokenizer.decode(list(tokens)) for tokens in zip(*steps, strict=True)]
     cut = [i for i, text in enumerate(texts) if text.endswith("\ufffd")]
     assert len(cut) > 3
-    stories = sample.sample_and_score(model, tokenizer, prompts, **options)
+    stories = sample.sample_stories(model, tokenizer, prompts, **options)
     for i in cut:
-        assert stories[i][0] == texts[i].rstrip("\ufffd") and stories[i][1]["length"] == len(stories[i][0])
+        assert stories[i][0] == texts[i].rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("reference_chosen", [True, False])
-def test_pairs_have_no_broken_characters(reference_chosen, tuned):
+def test_pairs_have_no_broken_characters(reference_chosen):
     """A sample whose bytes spell no text in the middle is neither chosen nor rejected."""
-    tokenizer = load_tokenizer(read_checkpoint(tuned)["tokenizer"], tuned)
-    asked, told = tokenizer.encode("词汇：小兔"), tokenizer.encode("小兔和小熊在森林里玩。")
+    reference = scored("小兔和小熊在森林里玩。", "小兔")
     stories = ["小兔和小\ufffd熊在森林里玩", "小熊在森林里玩", "小兔\ufffd和小熊小兔在森林里玩"]
     samples = [(text, score({"词汇": "小兔"}, text) | {"finished": float(i != 2)}) for i, text in enumerate(stories)]
-    s = Settings(reference_chosen=reference_chosen)
-    pair = dpo.rank_samples(tokenizer, asked, told, samples, s)
+    pair = dpo.choose_pair(samples, reference, reference_chosen)
     if reference_chosen:
         assert (pair["chosen"], pair["rejected"]) == ("小兔和小熊在森林里玩。", "小熊在森林里玩")
     else:
         assert pair is None  # only one is left
-        assert dpo.rank_samples(tokenizer, asked, told, samples[:1], s) is None
+        assert dpo.choose_pair(samples[:1], reference, reference_chosen) is None
+
+
+def scored(story, words, finished=True):
+    return story, score({"词汇": words}, story) | {"finished": float(finished)}
+
+
+def test_the_reference_is_never_rejected():
+    """It is the corpus's own story: where a sample is better, the pair is of samples alone."""
+    with_word = scored("小兔戴着帽子去森林里玩。", "帽子")
+    without = scored("小兔和小熊去森林里玩了。", "帽子")
+    reference = scored("小猫和小狗去河边玩了呢。", "帽子")
+    pair = dpo.choose_pair([with_word, without], reference, True)
+    assert (pair["chosen"], pair["rejected"]) == (with_word[0], without[0])
+    assert dpo.choose_pair([with_word, with_word], reference, True) is None
+    pair = dpo.choose_pair([without], with_word, True)
+    assert (pair["chosen"], pair["rejected"]) == (with_word[0], without[0])
+    assert dpo.choose_pair([without, without], with_word, False) is None
 
 
 def test_validation_does_not_depend_on_the_seed(tuned, tmp_path):

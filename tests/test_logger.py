@@ -33,7 +33,7 @@ def scalars(folder):
 
 def figures(folder):
     """The same of metrics.jsonl, in the float32 that TensorBoard keeps."""
-    lines = metrics_of(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return sorted((name, line["step"], np.float32(x)) for line in lines for name, x in line.items() if name != "step")
 
 
@@ -51,10 +51,10 @@ def test_tensorboard_after_a_kill(tiny_data, tmp_path):
     """Killed past its last checkpoint, the run goes on from that one: the steps between are shown once."""
     out = tmp_path / "out"
     options = arguments(tiny_data, out, "tensorboard", max_iters=20, log_interval=1, save_interval=8)
-    code = "import os, signal, train\nstart = train.open_log\n"
+    code = "import os, signal, train\nstart = train.run.start_log\n"
     code += "def killed(s, step):\n    log = start(s, step)\n"
     code += "    return lambda line: (log(line), line['step'] < 13 or os.kill(os.getpid(), signal.SIGKILL))\n"
-    code += "train.open_log = killed\ntrain.report_errors(train.main)"
+    code += "train.run.start_log = killed\ntrain.report_errors(train.main)"
     done = run_script("-c", code, *options[1:], check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert max(step for _, step, _ in scalars(out)) == 13 and find_checkpoints(out)[0].name == "ckpt_000008.pt"

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.checkpoint import build_model
 from model import GPT, IGNORE, ChunkedCrossEntropy, ModelConfig, attend_on_cpu
-from sample import generate, prefill, random_noise, sample_token
+from sample import draw_noise, generate, prefill, sample_token
 from sft import add_lora
 
 SHAPE = {"vocab_size": 97, "block_size": 40, "n_layer": 3, "n_head": 6, "n_kv_head": 2, "head_dim": 10, "n_embd": 36}
@@ -256,7 +256,7 @@ def sampled_to_the_end(model, prompts, count, end, temperature, seed):
     ended, steps = [False] * len(texts), []
     for _ in range(count):
         logits = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
-        noise = random_noise(len(texts), 50, logits.size(1), generator) if temperature else None
+        noise = draw_noise(len(texts), 50, logits.size(1), generator) if temperature else None
         tokens = sample_token(logits, None, temperature, 0.95, 1.0, noise).tolist()
         tokens = [end if done else token for token, done in zip(tokens, ended, strict=True)]
         steps.append(tokens)
@@ -295,7 +295,7 @@ def test_sampling_follows_the_distribution():
     expected = [w / sum(kept) for w in kept] + [0.0] * (len(logits) - len(kept))
     generator = torch.Generator().manual_seed(0)
     seen = torch.zeros(n, 6, dtype=torch.bool)
-    noise = random_noise(n, top_k, 6, generator)
+    noise = draw_noise(n, top_k, 6, generator)
     drawn = sample_token(logits.expand(n, 6), seen, temperature, top_p, 1.0, noise)
     found = torch.bincount(drawn, minlength=6) / n
     torch.testing.assert_close(found, torch.tensor(expected), atol=0.005, rtol=0)

@@ -22,9 +22,9 @@ import sample
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from common.files import load_tokenizer
 from model import GPT, ModelConfig
-from sample import generate_text
-from stories.constraints import split_list, write_constraints
-from stories.rewards import reward
+from sample import sample_stories
+from stories.constraints import encode_prompt, split_list, write_constraints
+from stories.rewards import reward, score
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_three_by_default_and_at_most_max_new_tokens(ckpt, loaded):
     model, tokenizer = loaded
     assert len(stories("--ckpt", ckpt, "--max_new_tokens", 5).split("\n---\n")) == 3
     for limit in (1, 5):
-        told = generate_text(model, tokenizer, [tokenizer.eos_id()], 1, max_new_tokens=limit, temperature=0)
-        assert told == [greedy(model, tokenizer, "", limit)]
+        ((story, _),) = sample_stories(model, tokenizer, [[tokenizer.eos_id()]], max_new_tokens=limit, temperature=0)
+        assert story == greedy(model, tokenizer, "", limit)
 
 
 def greedy(model, tokenizer, prompt, limit):
@@ -106,7 +106,7 @@ def test_temperatures_near_0_are_greedy(temperature, ckpt, loaded):
 
 @pytest.mark.parametrize("prompt", ["", "从前", "小兔子说：“你好！”\n"])
 def test_top_k_1_and_temperature_0_are_the_likeliest(prompt, ckpt, loaded):
-    args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 40, "--prompt", prompt)
+    args = ("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 40, "--prompt", prompt, "--dtype", "float32")
     expected = greedy(*loaded, prompt.strip(), 40) + "\n"
     assert stories(*args, "--temperature", 0) == expected
     assert stories(*args, "--top_k", 1, "--temperature", 1.3, "--seed", 5) == expected
@@ -124,7 +124,8 @@ def test_compile_and_bfloat16(ckpt):
 def test_stops_where_the_model_is_full(ckpt, loaded):
     """Asked for more than block_size holds, a story fills it and no more."""
     model, tokenizer = loaded
-    told = stories("--ckpt", ckpt, "--num", 1, "--max_new_tokens", 100_000, "--temperature", 0)
+    args = ("--max_new_tokens", 100_000, "--temperature", 0, "--dtype", "float32")
+    told = stories("--ckpt", ckpt, "--num", 1, *args)
     assert told == greedy(model, tokenizer, "", 100_000) + "\n"
 
 
@@ -175,13 +176,14 @@ def test_separators_are_named():
 def test_best_of(tuned):
     """The best of the batch by the rules of the evaluation, said on stderr; again the same with the same seed."""
     args = ("--ckpt", tuned, "--words", "森林,小鸟", "--features", "对话", "--best_of", 6, "--seed", 3)
+    args += ("--dtype", "float32")
     done = sample_here(*args)
     checkpoint = read_checkpoint(tuned)
     model, tokenizer = build_model(checkpoint, tuned).eval(), load_tokenizer(checkpoint["tokenizer"], tuned)
     asked = {"词汇": "森林，小鸟", "特点": "对话"}
-    prompt = sample.encode_prompt(tokenizer, checkpoint["template"], write_constraints(asked), "")
-    stories_ = sample.sample_and_score(model, tokenizer, [prompt] * 6, seed=3, max_new_tokens=300)
-    rewards = [reward(scores) for _, scores in stories_]
+    prompt = encode_prompt(tokenizer, checkpoint["template"], write_constraints(asked), "")
+    stories_ = sample_stories(model, tokenizer, [prompt] * 6, seed=3, max_new_tokens=300)
+    rewards = [reward(score(asked, story) | {"finished": float(finished)}) for story, finished in stories_]
     assert done.stdout.removesuffix("\n") == stories_[rewards.index(max(rewards))][0] and min(rewards) < max(rewards)
     assert done.stderr.startswith("(best of 6: ")
     words = [w for w in ("森林", "小鸟") if w not in done.stdout]
@@ -194,6 +196,22 @@ def test_best_of(tuned):
 def test_best_of_keeps_the_beginning(tuned):
     done = sample_here("--ckpt", tuned, "--words", "森林", "--prompt", "从前，森林里", "--best_of", 3)
     assert done.stdout.startswith("从前，森林里") and "all words" in done.stderr
+
+
+def test_best_of_ranks_by_the_words_asked_for(tuned):
+    """The beginning of the story is no part of the instruction, though both are tokens of one prompt."""
+    asked = {"词汇": "森林，小鸟"}
+    args = ("--words", "森林,小鸟", "--prompt", "从前", "--best_of", 12, "--seed", 3, "--dtype", "float32")
+    done = sample_here("--ckpt", tuned, *args)
+    saved = read_checkpoint(tuned)
+    model, tokenizer = build_model(saved, tuned).eval(), load_tokenizer(saved["tokenizer"], tuned)
+    prompt = encode_prompt(tokenizer, saved["template"], write_constraints(asked), "从前")
+    scored = []
+    for story, finished in sample_stories(model, tokenizer, [prompt] * 12, seed=3, max_new_tokens=300):
+        scored.append(reward(score(asked, story) | {"finished": float(finished)}))
+    told = score(asked, done.stdout.removesuffix("\n"))
+    assert max(scored) > min(scored) and "words" in told
+    assert reward(told | {"finished": 1.0}) == max(scored) or reward(told | {"finished": 0.0}) == max(scored)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +240,16 @@ def test_many_to_choose_from_come_in_batches(tuned):
     done = sample_here("--ckpt", tuned, "--words", "森林", "--max_new_tokens", 9, "--best_of", 70, "--dtype", "float32")
     saved = read_checkpoint(tuned)
     model, tokenizer = build_model(saved, tuned).eval(), load_tokenizer(saved["tokenizer"], tuned)
-    prompt = sample.encode_prompt(tokenizer, saved["template"], "词汇：森林", "")
+    prompt = encode_prompt(tokenizer, saved["template"], "词汇：森林", "")
     options, candidates = {"max_new_tokens": 9}, []
     for size, seed in ((64, 1337), (6, 1338)):
-        candidates += sample.sample_and_score(model, tokenizer, [prompt] * size, seed=seed, **options)
-    assert done.stdout == max(candidates, key=lambda found: reward(found[1]))[0] + "\n"
+        candidates += sample_stories(model, tokenizer, [prompt] * size, seed=seed, **options)
+
+    def worth(candidate):
+        story, finished = candidate
+        return reward(score({"词汇": "森林"}, story) | {"finished": float(finished)})
+
+    assert done.stdout == max(candidates, key=worth)[0] + "\n"
 
 
 def test_prompt_file(ckpt, tmp_path):
@@ -348,8 +371,9 @@ def pieces_of(tokenizer, tokens, prompt="", **options):
     pieces = []
     options = {"max_new_tokens": len(tokens), "temperature": 0} | options
     ids = [tokenizer.eos_id(), *tokenizer.encode(prompt)]
-    told = generate_text(Script(tokens, tokenizer.vocab_size()), tokenizer, ids, 2, pieces.append, **options)
-    return told, pieces
+    model = Script(tokens, tokenizer.vocab_size())
+    stories_ = sample_stories(model, tokenizer, [ids, ids], pieces.append, **options)
+    return [story for story, _ in stories_], pieces
 
 
 @settings(max_examples=60, deadline=None)

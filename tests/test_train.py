@@ -37,7 +37,7 @@ from model import GPT, IGNORE, ModelConfig
 from train import Muon, Settings, TokenDataset, learning_rate_at, orthogonalize
 
 SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
-MEASURED = ("tokens_per_second", "mfu", "peak_memory")  # what differs from run to run
+MEASURED = ("tokens_per_second", "peak_memory")  # what differs from run to run
 
 
 run_here = functools.partial(script_here, train.main)
@@ -130,7 +130,7 @@ def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_tok
     if model is None:
         torch.manual_seed(5)
         model = GPT(config_of(tiny_data))
-    Path(out_dir).mkdir(exist_ok=True)  # as `process_group` does
+    Path(out_dir).mkdir(exist_ok=True)  # as `run.training` does
     newest, calls = {}, []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: newest.__setitem__(name, p.grad.clone()))
@@ -278,14 +278,6 @@ def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
             assert (moved - expected).norm() < 2e-3 * expected.norm(), name
 
 
-def test_a_compiled_update_equals_the_eager_one():
-    """As it is compiled on CUDA: equal to float64 within rounding."""
-    x = torch.randn((2, 24, 8), generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(
-        torch.compile(orthogonalize)(x).double(), orthogonalize(x.double()), atol=1e-5, rtol=1e-4
-    )
-
-
 @pytest.mark.parametrize("momentum", [0.95, 0.8])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
 def test_muon_moves_as_the_library_has_it(dtype, close, momentum):
@@ -322,7 +314,7 @@ def test_orthogonalized_keeps_the_directions_and_evens_their_lengths():
 
 def rates(s, steps):
     """The learning rates of a run whose time does not matter."""
-    return [learning_rate_at(step, train.progress_of(step, 0.0, s), s) for step in range(steps)]
+    return [learning_rate_at(train.progress_of(step, 0.0, s), s) for step in range(steps)]
 
 
 def test_learning_rates_by_hand():
@@ -364,7 +356,23 @@ def test_progress_is_that_of_the_steps_or_of_the_time():
     s = Settings(learning_rate=1.0, warmup_iters=0, max_iters=100, minutes=2.0, decay_fraction=0.5)
     for step, seconds, progress in ((50, 30.0, 0.5), (50, 90.0, 0.75), (10, 120.0, 1.0), (100, 0.0, 1.0)):
         assert train.progress_of(step, seconds, s) == progress
-        assert learning_rate_at(step, progress, s) == pytest.approx(min(1.0, 2 * (1 - progress)))
+        assert learning_rate_at(progress, s) == pytest.approx(min(1.0, 2 * (1 - progress)))
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("seconds_per_step", [0.1, 1.5, 7.0])
+def test_the_learning_rate_never_jumps(schedule, seconds_per_step):
+    """However slow the hardware: no step changes it by more than the steps of the warm-up do."""
+    s = Settings(learning_rate=1.0, warmup_iters=20, max_iters=100, minutes=1.0, schedule=schedule)
+    rates = []
+    progress = 0.0
+    while progress < 1:
+        rates.append(learning_rate_at(progress, s))
+        progress = train.progress_of(len(rates), len(rates) * seconds_per_step, s)
+    share_of_a_step = max(1 / 100, seconds_per_step / 60)
+    changes = [abs(b - a) for a, b in itertools.pairwise(rates)]
+    assert max(changes) <= share_of_a_step / (20 / 100) + 1e-9  # the slope of the warm-up is the steepest
+    assert max(rates) > 0.85 and rates[-1] < 0.4
 
 
 # ---- Data ------------------------------------------------------------------------------------------
@@ -473,7 +481,7 @@ def test_what_a_run_prints(whole):
     assert set(printed) == set(Settings.__dataclass_fields__)
     assert {key: printed[key] for key in expected} == expected
     weights = read_checkpoint(whole.out)["model"]
-    assert f"{sum(w.numel() for w in weights.values()):,} parameters, cpu, torch." in whole.stdout
+    assert f"{sum(w.numel() for w in weights.values()):,} parameters, cpu, " in whole.stdout
     assert f" {4 * 32:,} tokens a step" in whole.stdout and "starting from the beginning" in whole.stdout
 
 
@@ -493,7 +501,7 @@ def test_what_a_run_leaves(whole):
 def test_metrics_of_a_run(whole):
     lines = metrics_of(whole.out)
     assert [x["step"] for x in lines] == [2, 4, 6, 8, 10, 12]
-    names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+    names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
     evaluation = {"val_loss", "val_perplexity", "val_bits_per_character"}
     for line in lines:
         assert set(line) == (names if line["step"] % 4 else names | evaluation)
@@ -702,7 +710,7 @@ def test_more_steps_at_a_resume(schedule, adamw, tmp_path):
     assert run_here(*arguments(adamw.data, out, **changes)).returncode == 0
     s = train.Settings(**read_checkpoint(out)["settings"])
     (line,) = [x for x in metrics_of(out) if x["step"] == 9 and "learning_rate" in x]
-    assert line["learning_rate"] == learning_rate_at(8, 8 / 40, s) and read_checkpoint(out)["step"] == 40
+    assert line["learning_rate"] == learning_rate_at(8 / 40, s) and read_checkpoint(out)["step"] == 40
     before = files_of(out)
     assert run_here(*arguments(adamw.data, out, **changes | {"max_iters": 4})).returncode == 0
     assert files_of(out).keys() == before.keys()
@@ -821,7 +829,7 @@ def test_learning_rate_far_too_high(tiny_data, tmp_path):
 RECORD = """
 original = train.train
 def loss(model, batch):
-    with open(f"{folder}/seen{{train.RANK}}", "a") as f:
+    with open(f"{folder}/seen{{train.run.rank()}}", "a") as f:
         for row in batch["tokens"].tolist() if torch.is_grad_enabled() else ():
             f.write(json.dumps(row) + "\\n")
     return train.next_token_loss(model, batch)
@@ -862,7 +870,7 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
         return train.next_token_loss(model, batch)
 
     s = Settings(**TINY | changes | {"data_dir": str(tiny_data), "out_dir": str(tmp_path / "one")})
-    with train.process_group(s):
+    with train.run.training(s):
         train_data, val_data, _, metadata = train.open_data(s)
         train.train(s, GPT(config_of(tiny_data)), train_data, val_data, metadata, loss)
     seen = [[json.loads(x) for x in (tmp_path / f"seen{rank}").read_text().splitlines()] for rank in (0, 1)]
@@ -898,7 +906,7 @@ def test_two_processes_stop_together_and_resume(tiny_data, tmp_path):
 
 
 def test_steps_that_two_processes_cannot_share(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train.run, "world_size", lambda: 2)
     done = run_here(*arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=3))
     assert_one_line_error(done, "gradient_accumulation_steps", "multiple", "2")
 
@@ -908,11 +916,11 @@ def test_each_process_builds_its_own_micro_batches_only(monkeypatch):
     data, s = Rows(100, 8), Settings(batch_size=2, gradient_accumulation_steps=4)
     built, batch = [], data.batch
     monkeypatch.setattr(data, "batch", lambda first, count: built.append((first, count)) or batch(first, count))
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    monkeypatch.setattr(train, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(train.run, "world_size", lambda: 2)
+    monkeypatch.setattr(train.run, "all_reduce", lambda tensor: None)
     found = []
     for rank in (0, 1):
-        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(train.run, "rank", lambda rank=rank: rank)
         found.append(train.get_batch(data, 3, s, torch.device("cpu")))
         assert [len(x["tokens"]) for x in found[-1][0]] == [2, 2]
     assert built == [(24, 2), (28, 2), (26, 2), (30, 2)]
@@ -924,7 +932,7 @@ step = train.Muon.step
 def drifting(self):
     step(self)
     with torch.no_grad():
-        self.param_groups[0]["params"][0][0, 0] += train.RANK / 100
+        self.param_groups[0]["params"][0][0, 0] += train.run.rank() / 100
 train.Muon.step = drifting
 """
 
@@ -943,7 +951,7 @@ def test_weights_that_differ_between_processes_are_noticed(tiny_data, tmp_path):
 STARTS_LATE = """
 open_data = train.open_data
 def slow(s):
-    time.sleep(3 * (1 - train.RANK))
+    time.sleep(3 * (1 - train.run.rank()))
     return open_data(s)
 train.open_data = slow
 """
@@ -951,7 +959,7 @@ ONE_IS_STOPPED = """
 calls, original = [], train.train
 def loss(model, batch):
     calls.append(batch)
-    if train.RANK == 1 and len(calls) == 3:
+    if train.run.rank() == 1 and len(calls) == 3:
         signal.raise_signal(signal.SIGINT)
     return train.next_token_loss(model, batch)
 train.train = lambda *args: original(*args, loss_fn=loss)
@@ -999,11 +1007,11 @@ def test_auto_takes_the_faster_type_and_a_resume_keeps_it(tiny_data, tmp_path):
     faster, other = ("float32", "bfloat16") if int(speeds[1]) > int(speeds[2]) else ("bfloat16", "float32")
     state = read_checkpoint(out)
     if abs(int(speeds[1]) - int(speeds[2])) > 0.3 * int(speeds[1]):  # else float32, which is more exact
-        assert f"cpu, torch.{faster}" in done.stdout and state["settings"]["dtype"] == faster
+        assert f"cpu, {faster}," in done.stdout and state["settings"]["dtype"] == faster
     state["settings"]["dtype"] = other  # the run of a machine where that was faster
     torch.save(state, out / "ckpt_000001.pt")
     done = run_here(*arguments(tiny_data, out, **options, max_iters=2, resume=True))
-    assert f"cpu, torch.{other}" in done.stdout and read_checkpoint(out)["settings"]["dtype"] == other
+    assert f"cpu, {other}," in done.stdout and read_checkpoint(out)["settings"]["dtype"] == other
 
 
 def test_a_terminal_without_chinese(tiny_data, tmp_path):
@@ -1015,7 +1023,7 @@ def test_a_terminal_without_chinese(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("there", [[], ["clang++"]])
 def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
-    """One line says so, and it trains on; a compiler that PyTorch would not call is none."""
+    """One line says so, and it trains on, uncompiled; a compiler that PyTorch would not call is none."""
     (tmp_path / "bin").mkdir()
     for name in there:
         (tmp_path / "bin" / name).symlink_to(shutil.which("c++") or pytest.skip("no compiler here at all"))
@@ -1025,8 +1033,8 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
     done = run_script(*arguments(tiny_data, tmp_path / "out", **changes), check=False,
                       PATH=str(tmp_path / "bin"), **cache)  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
-    assert [line for line in done.stdout.splitlines() if "no compiler here" in line] and not done.stderr.strip()
-    assert done.stdout.count("no compiler here") == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("torch.compile does not work here")]
+    assert "C++ compiler" in line and "apt install g++" in line and not done.stderr.strip()
     assert read_checkpoint(tmp_path / "out")["step"] == 2
 
 
@@ -1196,7 +1204,7 @@ def test_foreign_checkpoints(what, adamw, tmp_path):
     assert files_of(tmp_path).keys() == {"ckpt_000008.pt"}
 
 
-@pytest.mark.parametrize("key", ["model", "model_config", "tokenizer", "step", "settings", "optimizers", "scaler"])
+@pytest.mark.parametrize("key", ["model", "model_config", "tokenizer", "step", "optimizers"])
 def test_checkpoints_with_a_part_missing(key, adamw, tmp_path):
     state = read_checkpoint(adamw.out / "ckpt_000008.pt")
     del state[key]
@@ -1206,12 +1214,9 @@ def test_checkpoints_with_a_part_missing(key, adamw, tmp_path):
 
 
 def test_checkpoints_that_lack_a_weight(adamw, tmp_path):
-    """Neither training nor sampling takes them."""
     state = read_checkpoint(adamw.out / "ckpt_000008.pt")
     del state["model"]["norm.weight"]
     torch.save(state, tmp_path / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
-    assert_one_line_error(done, "ckpt_000008.pt", "norm.weight")
     assert_one_line_error(script_here(sample.main, "sample.py", "--ckpt", tmp_path), tmp_path)
 
 
@@ -1241,7 +1246,7 @@ def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch, train
 if sys.argv[1] == "keep":
-    train.configure_pytorch(train.Settings())
+    train.run.keep_freed_memory()
 for _ in range(20):
     torch.zeros(1 << 24).add_(1)  # 64 MiB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
@@ -1251,11 +1256,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 
 def test_the_sample_story_is_that_of_a_slow_loop(pretrained, capsys):
-    """Without a cache, the whole text anew for each token, with the same random numbers."""
+    """The same random numbers give the same story."""
     saved = read_checkpoint(pretrained)
     model, tokenizer = build_model(saved, pretrained), load_tokenizer(saved["tokenizer"], pretrained)
     ids, generator = [tokenizer.eos_id(), *tokenizer.encode("一只小")], torch.Generator().manual_seed(7)
-    train.print_sample(model, tokenizer, ids, Settings(seed=7))
+    train.print_sample(model, tokenizer, ids, 7)
     story = list(ids)
     while len(story) < model.config.block_size:
         with torch.no_grad():

@@ -76,7 +76,6 @@ class Process:
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
                 sys.stdin = open(os.devnull)  # noqa: SIM115
                 os.environ.update(env)
-                train.RANK, train.WORLD_SIZE = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
                 sys.argv = self.args
                 if prelude:
                     prelude()
@@ -890,7 +889,7 @@ def part_text(ground, short):
             if "\u2581" not in prompt:
                 assert tokenizer.decode(ids) == prompt, prompt
             if len(ids) < 30:
-                (story,) = sample.generate_text(model, tokenizer, [end, *ids], 1, max_new_tokens=3)
+                ((story, _),) = sample.sample_stories(model, tokenizer, [[end, *ids]], max_new_tokens=3)
                 assert story.startswith(prompt.rstrip("\ufffd")) or "\u2581" in prompt, (prompt, story)
                 told[2] += 1
 

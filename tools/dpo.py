@@ -4,13 +4,12 @@
     python -m tools.dpo config/demo_dpo.py --make_pairs=True    only the pairs, into out_dir/pairs.jsonl
     python -m tools.dpo config/demo_dpo.py --pairs=mine.jsonl   pairs of your own
 
-The loop is `train.train`. New here: the pairs, which the model samples itself or a file holds, and the loss. That is
-the sum of two, and both are optimised:
+The loop is `train.train`. New here: the pairs, which the model samples itself or a file holds, and the loss:
 
     -log sigmoid(beta h)    DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7), where
                             h = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
-    nll_weight times        the chosen story's own loss per token. DPO alone lowers the probability of both stories,
-                            of the rejected one more. The configs have nll_weight = 1.
+    + nll_weight times      the chosen story's own loss per token. By default nll_weight is 0; the configs have 1, as
+                            DPO alone lowers the probability of both stories, of the rejected one more.
 """
 
 import collections
@@ -27,17 +26,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import run
 from common.checkpoint import build_model, choose_device, find_checkpoints, read_checkpoint
 from common.files import UserError, atomic_write, load_tokenizer, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE
-from sample import BATCH, sample_and_score
+from sample import BATCH, sample_stories
 from sft import PackedSFTDataset, add_lora, open_examples
 from stories import records
 from stories.constraints import read_constraints, template_tokens
 from stories.read import LeftOut, find_inputs, read_blocks, records_of
 from stories.rewards import average, reward, score
-from train import RANK, WORLD_SIZE, LoopSettings, ShuffledDataset, process_group, settle_dtype, train
+from train import LoopSettings, ShuffledDataset, train
 
 
 @dataclass
@@ -59,65 +59,166 @@ class Settings(LoopSettings):
     lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
 
 
-# ---- Making pairs ----------------------------------------------------------------------------------
+# ---- The run ---------------------------------------------------------------------------------------
 
 
-def rank_samples(tokenizer, instruction: list[int], response: list[int], samples: list[tuple], s: Settings):
-    """The best and the worst of the sampled stories of one instruction, as a record; None if they are equally good.
+def tune(s: Settings) -> None:
+    """Get pairs, compute the reference's log-probabilities once, and train. Raises UserError."""
+    if s.pairs and s.make_pairs:
+        raise UserError(f"make_pairs = True: pairs = {s.pairs!r} are there already; leave one of them out")
+    source = Path(s.init_from)
+    checkpoint = read_checkpoint(source)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], source)
+    template = checkpoint.get("template")
+    if not template:
+        raise UserError(f"{source}: has not learned to follow instructions; give a checkpoint of sft.py")
+    model = build_model(checkpoint, source)
+    if s.block_size > model.config.block_size:
+        raise UserError(f"block_size = {s.block_size}: {source} reads at most {model.config.block_size} tokens")
+    reference = digest(weight.numpy() for weight in model.state_dict().values())
+    device = choose_device(s.device)
+    checkpoints = find_checkpoints(Path(s.out_dir))
+    saved = read_checkpoint(checkpoints[0]) if checkpoints else {}
+    s.dtype = run.agree_on_dtype(s.dtype, device, saved)
+    dtype = getattr(torch, s.dtype)
 
-    instruction and response are tokens of a reference example; samples are (story, scores).
-    """
-    story = tokenizer.decode(response)
-    reference = score(read_constraints(tokenizer.decode(instruction)), story) | {"finished": 1.0}
-    # The reference comes last: of equals a sample of the model is chosen.
-    candidates = samples + [(story, reference)] * s.reference_chosen
-    candidates = [candidate for candidate in candidates if "\ufffd" not in candidate[0]]  # tokens that spell no text
-    ranked = sorted(candidates, key=lambda candidate: -reward(candidate[1], reference))
-    if not ranked or reward(ranked[0][1], reference) == reward(ranked[-1][1], reference):
-        return None
-    (chosen, high), (rejected, low) = ranked[0], ranked[-1]
-    record = {"prompt": tokenizer.decode(instruction), "chosen": chosen, "rejected": rejected}
-    return record | {"chosen_scores": high, "rejected_scores": low}
+    if s.pairs:
+        files = find_inputs([Path(s.pairs)])
+    else:
+        files = [Path(s.out_dir, "pairs.jsonl")]
+        if files[0].exists():
+            print(f"{files[0]}: exists and is used as it is; remove it to make new pairs")
+        elif run.world_size() > 1:
+            raise UserError(f"{files[0]}: not there; make the pairs first, in one process, with --make_pairs=True")
+        else:
+            meta, _, response_token = open_examples(Path(s.data_dir), source, checkpoint)
+            n = model.config.block_size
+            examples = PackedSFTDataset(Path(s.data_dir, "train.bin"), meta, response_token, n, n)
+            sampler = copy.deepcopy(model).to(device, dtype)
+            make_pairs(files[0], sampler, tokenizer, examples, reference, s)
+    if s.make_pairs:
+        return
+
+    train_data, val_data = read_pairs(files, template, tokenizer, s)
+    for data in (train_data, val_data):  # now, so that no second model stays in memory
+        compute_reference(data, model, device, dtype, s.batch_size)
+    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template, "reference": reference}
+    metadata["pairs"] = digest(file.read_bytes() for file in files)
+    if s.lora_rank > 0:
+        add_lora(model, s.lora_rank, s.lora_alpha)
+        metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
+    prompt, _, _ = val_data.pairs[0]
+
+    def loss_fn(model, batch):
+        return preference_loss(model, batch, s)
+
+    train(s, model, train_data, val_data, metadata, loss_fn, prompt)
 
 
 def digest(parts: Iterable) -> str:
     """The SHA-256 of bytes or arrays, one after the other."""
-    return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part)
+    return sha256.hexdigest()
+
+
+# ---- Making pairs ----------------------------------------------------------------------------------
 
 
 def make_pairs(path: Path, model: GPT, tokenizer, data: PackedSFTDataset, reference: str, s: Settings) -> None:
     """Sample stories for instructions of `data` and write the best and the worst of each to `path`, as JSON lines.
 
     Interrupted and called again with the same settings and model, of which `reference` is the digest, it continues
-    where it stopped.
+    where it stopped: a .part file beside `path` has a line for each batch, the list of its pairs.
     """
     order = np.random.default_rng(s.seed).permutation(sorted(data.packed))[: s.instructions]
-    per_batch = max(1, BATCH // s.samples)
-    batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
+    batch_size = max(1, BATCH // s.samples)  # instructions
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     made_with = repr((reference, str(data.path), s.samples, s.temperature, s.reference_chosen, s.seed))
-    part = path.with_name(f"{path.name}.{digest([made_with.encode()])[:8]}.part")  # a line: the pairs of a batch
-    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # without one that was cut off
-    pairs, scores = [pair for line in lines for pair in json.loads(line)], []
+    part = path.with_name(f"{path.name}.{digest([made_with.encode()])[:8]}.part")
+    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):  # cut off
+        lines.pop()
+    pairs = []
+    for line in lines:
+        pairs += json.loads(line)
+    all_scores: list[dict] = []
     with open(part, "ab") as f:
-        f.truncate(sum(len(line) + 1 for line in lines))
+        f.truncate(sum(len(line) for line in lines))
         for number in tqdm(range(len(lines), len(batches)), desc="sampling pairs", unit="batch", disable=None):
-            examples = [tuple(map(np.ndarray.tolist, data.example(i))) for i in batches[number]]
-            prompts = [instruction for instruction, _ in examples for _ in range(s.samples)]
-            most = model.config.block_size - max(map(len, prompts))
-            options = {"temperature": s.temperature, "seed": s.seed + number, "max_new_tokens": most}
-            stories = sample_and_score(model, tokenizer, prompts, **options)
-            scores += [story_scores for _, story_scores in stories]
-            of_each = (stories[i : i + s.samples] for i in range(0, len(stories), s.samples))
-            ranked = (rank_samples(tokenizer, asked, told, next(of_each), s) for asked, told in examples)
-            found = [record for record in ranked if record]
-            f.write(json.dumps(found, ensure_ascii=False).encode() + b"\n")
+            pairs_of_batch = []
+            for pair, scores in sample_pairs(model, tokenizer, data, batches[number], s.seed + number, s):
+                all_scores += scores
+                if pair:
+                    pairs_of_batch.append(pair)
+            f.write(to_line(pairs_of_batch))
             f.flush()
-            pairs += found
+            pairs += pairs_of_batch
     with atomic_write(path) as f:
-        f.writelines(json.dumps(pair, ensure_ascii=False).encode() + b"\n" for pair in pairs)
+        for pair in pairs:
+            f.write(to_line(pair))
     part.unlink()
-    means = ", ".join(f"{name} {value:.3g}" for name, value in average(scores).items())
+    means = ", ".join(f"{name} {value:.3g}" for name, value in average(all_scores).items())
     print(f"{path}: {len(pairs):,} pairs of {len(order):,} instructions; mean scores of the samples: {means}")
+
+
+def to_line(value) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def sample_pairs(model: GPT, tokenizer, data: PackedSFTDataset, indices, seed: int, s: Settings):
+    """For each example of `indices`: its pair, or None, and the scores of its samples. All are sampled together."""
+    examples = [data.example(i) for i in indices]
+    prompts = []
+    for instruction, _ in examples:
+        prompts += [instruction.tolist()] * s.samples
+    longest = max(len(prompt) for prompt in prompts)
+    options = {"temperature": s.temperature, "seed": seed, "max_new_tokens": model.config.block_size - longest}
+    stories = sample_stories(model, tokenizer, prompts, **options)
+    for number, (instruction, response) in enumerate(examples):
+        prompt = tokenizer.decode(instruction.tolist())
+        constraints = read_constraints(prompt)
+        candidates = []
+        for story, finished in stories[number * s.samples : (number + 1) * s.samples]:
+            scores = score(constraints, story)
+            scores["finished"] = float(finished)
+            candidates.append((story, scores))
+        reference = tokenizer.decode(response.tolist())
+        reference_scores = score(constraints, reference)
+        reference_scores["finished"] = 1.0
+        pair = choose_pair(candidates, (reference, reference_scores), s.reference_chosen)
+        if pair:
+            pair = {"prompt": prompt, **pair}
+        yield pair, [scores for _, scores in candidates]
+
+
+def choose_pair(samples: list[tuple], reference: tuple, reference_chosen: bool) -> dict | None:
+    """The best and the worst of the samples of one instruction; None if they are equally good.
+
+    samples and reference are (story, scores). The reference, a story of the corpus, can only be chosen: if
+    reference_chosen, and if it is better than all samples.
+    """
+    reference_story, reference_scores = reference
+
+    def worth(candidate) -> float:
+        return reward(candidate[1], reference_scores)
+
+    samples = [sample for sample in samples if "\ufffd" not in sample[0]]  # tokens that spell no text
+    if not samples:
+        return None
+    chosen = max(samples, key=worth)
+    rejected = min(reversed(samples), key=worth)
+    if reference_chosen and "\ufffd" not in reference_story and worth(reference) > worth(chosen):
+        chosen = reference
+    if worth(chosen) == worth(rejected):
+        return None
+    return {
+        "chosen": chosen[0],
+        "rejected": rejected[0],
+        "chosen_scores": chosen[1],
+        "rejected_scores": rejected[1],
+    }
 
 
 # ---- Reading pairs ---------------------------------------------------------------------------------
@@ -169,36 +270,12 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
     return prompt, (chosen, ended[0]), (rejected, ended[1])
 
 
-class PreferenceDataset(ShuffledDataset):
-    """Pairs of a chosen and a rejected story: (prompt, chosen, rejected), tokens each. A pair is two sequences."""
-
-    def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
-        super().__init__(path, len(pairs), seed, 2 * block_size)
-        self.pairs, self.block_size, self.end_token = pairs, block_size, end_token
-        self.reference = np.zeros((len(pairs), 2), dtype=np.float32)  # the reference's log-probabilities
-
-    def loss_denominator(self, batch: dict) -> float:
-        """The number of pairs: the loss is a mean over pairs, not over tokens."""
-        return float((batch["targets"][:, 0] != IGNORE).any(dim=-1).sum())
-
-    def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """tokens and targets, (P, 2, T), and the reference's log-probabilities, (P, 2)."""
-        shape = (len(indices), 2, self.block_size)
-        tokens, targets = np.full(shape, self.end_token), np.full(shape, IGNORE)
-        for p, index in enumerate(indices):
-            prompt, *responses = self.pairs[index]
-            for side, response in enumerate(responses):
-                both = np.array([*prompt, *response], dtype=np.int64)
-                tokens[p, side, : len(both) - 1] = both[:-1]
-                targets[p, side, len(prompt) - 1 : len(both) - 1] = response
-        batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-        return batch | {"reference": torch.from_numpy(self.reference[indices])}
-
-
-def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tuple[PreferenceDataset, PreferenceDataset]:
+def read_pairs(
+    files: list[Path], template: str, tokenizer, s: Settings
+) -> tuple["PreferenceDataset", "PreferenceDataset"]:
     """The pairs to train on and, of a twentieth of the prompts, those to validate with. Raises UserError."""
-    end, (before, after) = tokenizer.eos_id(), template_tokens(template, tokenizer)
-    pairs, left_out = [], collections.Counter[str]()
+    pairs = []
+    left_out = collections.Counter[str]()
     for block in read_blocks(files, "reading pairs"):
         for where, record in records_of(block):
             try:
@@ -206,35 +283,76 @@ def read_pairs(files: list[Path], template: str, tokenizer, s: Settings) -> tupl
             except LeftOut as reason:
                 left_out[str(reason)] += 1
     mostly_left_out = left_out.total() > len(pairs)
-    digests = {prompt: records.text_digest(prompt) for prompt, *_ in pairs}
-    held_out = set(sorted(digests.values())[: max(1, len(digests) // 20)])
-    splits: dict[str, list[tuple]] = {"train": [], "val": []}
+
+    # The prompts with the smallest digests are held out, whatever their order.
+    digests = {prompt: records.text_digest(prompt) for prompt, _, _ in pairs}
+    n_held_out = max(1, len(digests) // 20)
+    held_out = set(sorted(digests.values())[:n_held_out])
+    before, after = template_tokens(template, tokenizer)
+    end_token = tokenizer.eos_id()
+    train_pairs = []
+    val_pairs = []
     for prompt, *stories in pairs:
-        instruction = [end, *before, *tokenizer.encode(prompt), *after]
-        responses = [tokenizer.encode(story) + [end] * ended for story, ended in stories]
-        if len(instruction) + max(map(len, responses)) - 1 > s.block_size:
+        instruction = [end_token, *before, *tokenizer.encode(prompt), *after]
+        responses = []
+        for story, ended in stories:
+            response = tokenizer.encode(story)
+            if ended:
+                response.append(end_token)
+            responses.append(response)
+        longest = max(len(response) for response in responses)
+        if len(instruction) + longest - 1 > s.block_size:
             left_out[f"longer than block_size = {s.block_size}"] += 1
+        elif digests[prompt] in held_out:
+            val_pairs.append((instruction, *responses))
         else:
-            splits["val" if digests[prompt] in held_out else "train"].append((instruction, *responses))
-    summary = f"{files[0]}: {len(splits['train']):,} train, {len(splits['val']):,} val pairs"
-    summary += "".join(f", {n:,} left out ({reason})" for reason, n in left_out.items())
-    if not splits["train"] or not splits["val"] or mostly_left_out:
+            train_pairs.append((instruction, *responses))
+    summary = f"{files[0]}: {len(train_pairs):,} train, {len(val_pairs):,} val pairs"
+    for reason, n in left_out.items():
+        summary += f", {n:,} left out ({reason})"
+    if not train_pairs or not val_pairs or mostly_left_out:
         raise UserError(f"{summary}; training needs pairs of two prompts or more, and most must be usable")
-    if RANK == 0:
+    if run.rank() == 0:
         print(summary)
-    train_data = PreferenceDataset(files[0], splits["train"], s.block_size, end, s.seed)
-    return train_data, PreferenceDataset(files[0], splits["val"], s.block_size, end, 0)  # the same for every seed
+    train_data = PreferenceDataset(files[0], train_pairs, s.block_size, end_token, s.seed)
+    val_data = PreferenceDataset(files[0], val_pairs, s.block_size, end_token, 0)  # the same for every seed
+    return train_data, val_data
+
+
+class PreferenceDataset(ShuffledDataset):
+    """Pairs of a chosen and a rejected story: (prompt, chosen, rejected), tokens each. A pair is two sequences."""
+
+    def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
+        super().__init__(path, len(pairs), seed, 2 * block_size)
+        self.pairs = pairs
+        self.block_size = block_size
+        self.end_token = end_token
+        self.reference = np.zeros((len(pairs), 2), dtype=np.float32)  # the reference's log-probabilities
+
+    def loss_denominator(self, batch: dict) -> float:
+        """The number of pairs: the loss is a mean over pairs, not over tokens."""
+        is_target = batch["targets"][:, 0] != IGNORE  # (P, T)
+        return float(is_target.any(dim=-1).sum())
+
+    def sequences(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """tokens and targets, (P, 2, T), and the reference's log-probabilities, (P, 2)."""
+        shape = (len(indices), 2, self.block_size)
+        tokens = np.full(shape, self.end_token)
+        targets = np.full(shape, IGNORE)
+        for p, index in enumerate(indices):
+            prompt, *responses = self.pairs[index]
+            for side, response in enumerate(responses):
+                end = len(prompt) + len(response) - 1
+                tokens[p, side, :end] = (prompt + response)[:-1]
+                targets[p, side, len(prompt) - 1 : end] = response
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "targets": torch.from_numpy(targets),
+            "reference": torch.from_numpy(self.reference[indices]),
+        }
 
 
 # ---- The loss --------------------------------------------------------------------------------------
-
-
-def log_probs(model, batch: dict) -> torch.Tensor:
-    """The log-probabilities of the chosen and the rejected stories of a batch, (P, 2)."""
-    tokens, targets = (batch[name].flatten(0, 1) for name in ("tokens", "targets"))  # (2P, T)
-    logits = model(tokens).flatten(0, 1).float()  # (2P * T, V)
-    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (2P * T,)
-    return -losses.view_as(tokens).sum(dim=1).view(-1, 2)  # (P, 2)
 
 
 def preference_loss(model, batch: dict, s: Settings) -> dict[str, torch.Tensor]:
@@ -242,76 +360,48 @@ def preference_loss(model, batch: dict, s: Settings) -> dict[str, torch.Tensor]:
     log_p = log_probs(model, batch)  # (P, 2)
     gain = log_p - batch["reference"]  # (P, 2)
     margin = s.beta * (gain[:, 0] - gain[:, 1])  # (P,)
-    lengths = (batch["targets"][:, 0] != IGNORE).sum(dim=-1)  # (P,), tokens of the chosen stories
-    losses = -F.logsigmoid(margin) - s.nll_weight * log_p[:, 0] / lengths.clamp(min=1)  # (P,)
-    metrics = {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin}
-    metrics |= {"chosen_log_p": log_p[:, 0], "rejected_log_p": log_p[:, 1]}
-    metrics |= {"kl": gain.square().mean(dim=1) / 2}  # from the reference (Schulman 2020, estimator k2)
-    real = lengths > 0  # the last batch of validation may be padded
-    return {name: (values * real).sum() for name, values in metrics.items()}
+    is_target = batch["targets"][:, 0] != IGNORE  # (P, T), of the chosen stories
+    lengths = is_target.sum(dim=-1)  # (P,)
+    nll = -log_p[:, 0] / lengths.clamp(min=1)  # (P,), of a token
+    metrics = {
+        "loss": -F.logsigmoid(margin) + s.nll_weight * nll,
+        "accuracy": (margin > 0).float(),
+        "margin": margin,
+        "chosen_log_p": log_p[:, 0],
+        "rejected_log_p": log_p[:, 1],
+        "kl": gain.square().mean(dim=1) / 2,  # from the reference (Schulman 2020, estimator k2)
+    }
+    is_pair = lengths > 0  # the last batch of validation may be padded
+    return {name: (values * is_pair).sum() for name, values in metrics.items()}
+
+
+def log_probs(model, batch: dict) -> torch.Tensor:
+    """The log-probabilities of the chosen and the rejected stories of a batch, (P, 2)."""
+    tokens = batch["tokens"].flatten(0, 1)  # (2P, T)
+    targets = batch["targets"].flatten(0, 1)  # (2P, T)
+    logits = model(tokens).flatten(0, 1).float()  # (2P * T, V)
+    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")  # (2P * T,)
+    return -losses.view_as(tokens).sum(dim=1).view(-1, 2)  # (P, 2)
 
 
 @torch.no_grad()
-def add_reference(data: PreferenceDataset, model: GPT, device: torch.device, dtype: torch.dtype, s: Settings) -> None:
+def compute_reference(data: PreferenceDataset, model: GPT, device, dtype: torch.dtype, batch_size: int) -> None:
     """Fill data.reference, with the model before it is trained."""
     model.to(device)
-    for first in tqdm(range(0, len(data), s.batch_size), desc="reference", unit="batch", disable=None):
-        here = range(first, min(first + s.batch_size, len(data)))
-        batch = {name: tensor.to(device) for name, tensor in data.sequences(list(here)).items()}
+    for first in tqdm(range(0, len(data), batch_size), desc="reference", unit="batch", disable=None):
+        end = min(first + batch_size, len(data))
+        batch = data.sequences(list(range(first, end)))
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            data.reference[here] = log_probs(model, batch).cpu().numpy()
+            data.reference[first:end] = log_probs(model, on_device).cpu().numpy()
 
 
-# ---- The run ---------------------------------------------------------------------------------------
-
-
-def tune(s: Settings) -> None:
-    """Get pairs, compute the reference's log-probabilities once, and train. Raises UserError."""
-    out_dir, source, folder = Path(s.out_dir), Path(s.init_from), Path(s.data_dir)
-    checkpoint = read_checkpoint(source)
-    tokenizer, template = load_tokenizer(checkpoint["tokenizer"], source), checkpoint.get("template")
-    if not template:
-        raise UserError(f"{source}: has not learned to follow instructions; give a checkpoint of sft.py")
-    model = build_model(checkpoint, source)
-    block_size = model.config.block_size
-    if s.block_size > block_size:
-        raise UserError(f"block_size = {s.block_size}: {source} reads at most {block_size} tokens")
-    device = choose_device(s.device)
-    checkpoints = find_checkpoints(out_dir)
-    dtype = settle_dtype(s, device, read_checkpoint(checkpoints[0]) if checkpoints else {})
-    reference = digest(weight.numpy() for weight in model.state_dict().values())
-
-    # The pairs: the user's, those of an earlier run in out_dir, or new ones
-    if s.pairs and s.make_pairs:
-        raise UserError(f"make_pairs = True: pairs = {s.pairs!r} are there already; leave one of them out")
-    path = out_dir / "pairs.jsonl"
-    if path.exists() and not s.pairs and RANK == 0:
-        print(f"{path}: exists and is used as it is; remove it to make new pairs")
-    elif not path.exists() and not s.pairs:
-        if WORLD_SIZE > 1:
-            raise UserError(f"{path}: not there; make the pairs first, in one process, with --make_pairs=True")
-        meta, _, response_token = open_examples(folder, source, checkpoint)
-        examples = PackedSFTDataset(folder / "train.bin", meta, response_token, block_size, block_size)
-        make_pairs(path, copy.deepcopy(model).to(device, dtype), tokenizer, examples, reference, s)
-    if s.make_pairs:
-        return
-
-    files = find_inputs([Path(s.pairs)]) if s.pairs else [path]
-    train_data, val_data = read_pairs(files, template, tokenizer, s)
-    for data in (train_data, val_data):  # now, so that no second model stays in memory
-        add_reference(data, model, device, dtype, s)
-    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template}
-    metadata |= {"pairs": digest(file.read_bytes() for file in files), "reference": reference}
-    if s.lora_rank:
-        add_lora(model, s.lora_rank, s.lora_alpha)
-        metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    prompt, *_ = val_data.pairs[0]
-    train(s, model, train_data, val_data, metadata, lambda model, batch: preference_loss(model, batch, s), prompt)
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
-    with process_group(s):
+    with run.training(s):
         tune(s)
 
 
