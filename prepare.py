@@ -329,9 +329,9 @@ def worker_pool(number: int):
     """A pool of processes. Raises UserError if it cannot be made, or if a process ends abruptly."""
     try:
         pool = ProcessPoolExecutor(number, initializer=start_worker)
-    except OSError as e:  # without a file name
-        problem = f"/dev/shm: worker processes need to write here ({e.strerror})"
-        raise UserError(f"{problem}; mount it writable (mount -o remount,rw /dev/shm)") from None
+    except OSError as e:
+        problem = f"worker processes cannot start ({e.strerror}); they need to write to /dev/shm"
+        raise UserError(f"{problem}: mount -o remount,rw /dev/shm makes it writable") from None
     with pool:
         try:
             yield pool
@@ -360,9 +360,10 @@ def in_order(workers: ProcessPoolExecutor, function, blocks, *arguments):
     Only a few blocks are read ahead, so that memory does not grow with the input.
     """
     waiting: deque = deque()
+    most = 2 * usable_cores()
     for block in blocks:
         waiting.append(workers.submit(function, block, *arguments))
-        if len(waiting) > 2 * usable_cores():
+        if len(waiting) > most:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

@@ -1180,7 +1180,7 @@ def test_worker_processes_without_shared_memory(mounting, tmp_path):
     file = write(tmp_path / "a.jsonl", jsonl(STORIES))
     script = 'mount -t tmpfs -o ro none /dev/shm; "$1" prepare.py "$2" --out_dir "$3"'
     done = in_namespace(script, sys.executable, file, tmp_path / "out")
-    assert_one_line_error(done, "/dev/shm", "Read-only", "mount")
+    assert_one_line_error(done, "write to /dev/shm", "Read-only", "mount")
     assert not (tmp_path / "out").exists()
 
 
