@@ -10,6 +10,8 @@ Writes into out_dir, which appears complete or not at all:
                          each story preceded by its instruction, both after their control tokens
     tokenizer.model      the SentencePiece tokenizer
     meta.json            counts, checksums and settings
+
+Token ids are uint16 because a vocabulary has at most 65,536 pieces: half the disk and memory of int32.
 """
 
 import argparse
@@ -26,10 +28,11 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -38,128 +41,128 @@ from common.files import Parser, UserError, atomic_write, load_tokenizer, locked
 from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, template_tokens
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
-from stories.read import LONGEST, LeftOut, describe_texts, find_inputs, read_blocks, records_of
+from stories.read import LONGEST, Block, LeftOut, describe_texts, find_inputs, read_blocks, records_of
 from stories.records import clean_texts, examples_of, story_of, text_digest
 
 SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
-CORES = min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
-NEEDED = "0.2.3"  # an older sentencepiece aborts while it trains some tokenizers
+MADE = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
+DIGESTS = 2**64  # text_digest is below this
+# What frames texts for other models. In a story it stays text, and is probably a mistake of the data.
+CONTROL_LIKE = re.compile(
+    r"[<\[]("  # one set of first characters is found fast
+    r"\|[^<>|\s]{1,40}\|>|｜[^<>｜\s]{1,40}｜>"  # <|endoftext|>, <|im_end|>
+    r"|/?(s|bos|eos|pad|unk|mask|sep|cls|sop|eop|start_of_turn|end_of_turn)>"
+    r"|/?(INST|s?gMASK|sMASK|MASK|CLS|SEP|PAD|UNK|BOS|EOS)\]"
+    r"|</?SYS>>)"
+)
 
 
-# ---- Cleaning and encoding, in worker processes, a block of input at a time ------------------------
+def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
+    """Write out_dir from the files. Returns what meta.json holds. Raises UserError."""
+    with replace_folder(out_dir) as folder:
+        model = make_tokenizer(files, args)
+        tokenizer = load_tokenizer(model, args.tokenizer or "the new tokenizer")
+        if not args.tokenizer and tokenizer.vocab_size() < args.vocab_size:
+            print(f"the corpus fills only {tokenizer.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
+        template = None
+        prefixes: tuple[list[int], ...] = ([],)  # the control tokens before each part of a text
+        if args.task == "sft":
+            template = template_for(tokenizer)
+            prefixes = template_tokens(template, tokenizer)
+        counts = write_bins(files, folder, model, prefixes, args)
+        check_counts(counts, files, args)
+        meta = counts | {
+            "vocab_size": tokenizer.vocab_size(),
+            "end_token": tokenizer.eos_id(),
+            "template": template,
+            "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
+            "settings": vars(args),
+        }
+        write_file(folder / "tokenizer.model", model)
+        write_file(folder / "meta.json", json.dumps(meta, indent=2, default=str).encode())
+    return meta
 
 
-def read_texts(block: tuple, args: argparse.Namespace) -> tuple[list[tuple[str, ...]], Counter[str]]:
-    """The cleaned texts of a block: a story each; for --task sft, an instruction and a story.
+# ---- A folder that appears complete or not at all --------------------------------------------------
 
-    The second result counts the records that are left out, by reason.
+
+@contextlib.contextmanager
+def replace_folder(folder: Path):
+    """A new folder beside `folder` that takes its name when the body ends, or vanishes if the body fails.
+
+    Raises UserError if one of the folders holds other files than those that prepare.py writes.
     """
-    found, dropped = list[tuple[str, ...]](), Counter[str]()
-    for where, record in records_of(block):
-        try:
-            if args.task == "sft":
-                examples = examples_of(record, where, args.text_key, args.augment)
-                found += [clean_texts(texts) for texts in examples]
-            else:
-                found.append(clean_texts((story_of(record, where, args.text_key),)))
-        except LeftOut as reason:
-            dropped[str(reason)] += 1
-    return found, dropped
-
-
-def sample_block(block: tuple, args: argparse.Namespace, limit: int) -> dict[int, str]:
-    """{digest: story} of the stories of a block whose digest is at least the limit."""
-    texts, _ = read_texts(block, args)
-    return {digest: story for *_, story in texts if (digest := text_digest(story)) >= limit}
-
-
-class EncodedText(NamedTuple):
-    """A story, or an instruction and its story, as it stands in a token file."""
-
-    digest: int
-    story_digest: int  # of the story alone
-    tokens: bytes  # uint16
-    characters: int
-    utf8_bytes: int
-    change: str  # what the tokenizer does to the text, which should be nothing
-
-
-def change_in(text: str, decoded: str) -> str:
-    """Where a text and what its tokens decode to differ first; "" if they do not."""
-    if text == decoded:
-        return ""
-    at = next((i for i in range(len(decoded)) if text[i : i + 1] != decoded[i]), len(decoded))
-    around = slice(max(0, at - 4), at + 8)
-    return f"{text[around]!r} becomes {decoded[around]!r}"
-
-
-cached_tokenizer = functools.cache(load_tokenizer)  # a worker gets the same bytes with every block
-
-
-def encode_block(block: tuple, args, model: bytes, frames) -> tuple[list[EncodedText], Counter[str]]:
-    """Clean and encode the texts of a block. `frames` holds the control tokens before each part of a text."""
-    tokenizer, encoded = cached_tokenizer(model, "tokenizer"), []
-    found, dropped = read_texts(block, args)
-    for texts in found:
-        ids, change = list[int](), ""
-        for frame, text in zip(frames, texts, strict=True):
-            part = tokenizer.encode(text)
-            ids += [*frame, *part]
-            if args.tokenizer:  # a new tokenizer is one that changes nothing (see train_tokenizer)
-                change = change or change_in(text, tokenizer.decode(part))
-        tokens = np.array([*ids, tokenizer.eos_id()], "<u2").tobytes()
-        size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-        encoded.append(EncodedText(text_digest(*texts), text_digest(texts[-1]), tokens, *size, change))
-    return encoded, dropped
-
-
-def exit_with(parent) -> None:
-    """Wait until the parent process ends, then end this one."""
-    parent.join()
-    os._exit(1)
-
-
-def start_worker() -> None:
-    """Initialise a worker process: it ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def in_order(workers: ProcessPoolExecutor, function, calls):
-    """The results of function(*arguments) for each of `calls`, in order. Raises UserError if a worker dies.
-
-    Only a few calls are read ahead, so that memory does not grow with the input.
-    """
-    waiting, processes = deque[Future](), set()
+    new = Path(f"{folder}.tmp")
+    old = Path(f"{folder}.old")
+    for present in (folder, new, old):
+        check_made_here(present)
+    if old.exists() and not folder.exists():  # a run was killed between the two renames
+        os.replace(old, folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     try:
-        for arguments in calls:
-            waiting.append(workers.submit(function, *arguments))
-            processes.update(multiprocessing.active_children())
-            if len(waiting) > 2 * CORES:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        workers.shutdown()  # which sends SIGTERM to those that still live, and waits
-        raise UserError(dead_worker([process.exitcode for process in processes])) from None
+        yield new
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(new, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def dead_worker(exit_codes: list[int | None]) -> str:
-    """What is known of a worker process that ended without an error of its own, given the exit codes of all."""
-    message, version = "a worker process ended abruptly", sentencepiece.__version__
-    for code in exit_codes:
-        if code and code != -signal.SIGTERM:
-            message += f", by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f", with exit status {code}"
-            break
-    if [*map(int, re.findall(r"\d+", version)[:3])] < [*map(int, NEEDED.split("."))]:
-        message += f"; sentencepiece is {version}: pip install 'sentencepiece>={NEEDED}'"
-    return message
+def check_made_here(folder: Path) -> None:
+    """Raise a UserError if a folder holds files that prepare.py did not write."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name.removesuffix(".tmp") not in MADE:
+            message = f"holds {path.name}, which prepare.py did not make; choose another --out_dir"
+            raise UserError(f"{folder}: {message}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    with atomic_write(path) as f:
+        f.write(data)
 
 
 # ---- The tokenizer ---------------------------------------------------------------------------------
 
 
-def train_tokenizer(texts, vocab_size: int) -> bytes:
+def make_tokenizer(files: list[Path], args: argparse.Namespace) -> bytes:
+    """The file given with --tokenizer, or a new tokenizer trained on the stories. Raises UserError."""
+    if args.tokenizer:
+        return args.tokenizer.read_bytes()
+    with worker_pool(args.workers) as workers:
+        texts = sample_stories(workers, files, args)
+        characters = sum(len(text) for text in texts)
+        print(f"training a tokenizer on {characters:,} characters", flush=True)
+        # In a worker process, whose memory is free again when it ends.
+        return workers.submit(train_tokenizer, texts, args.vocab_size).result()
+
+
+def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argparse.Namespace) -> list[str]:
+    """About SAMPLE characters of training stories, a fair sample of all files whatever their order and size.
+
+    The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever they
+    are too many, the range above the limit is halved. Raises UserError if there are none.
+    """
+    limit = int(args.val_fraction * DIGESTS)
+    sample: dict[int, str] = {}
+    blocks = read_blocks(files, "reading", name_unread=False)
+    for stories in in_order(workers, stories_by_digest, blocks, args):
+        sample.update(stories)
+        sample = {digest: story for digest, story in sample.items() if digest >= limit}
+        while sum(len(story) for story in sample.values()) > SAMPLE:
+            limit += (DIGESTS - limit) // 2
+            sample = {digest: story for digest, story in sample.items() if digest >= limit}
+    if not sample:
+        raise UserError(f"{files[0]}: no stories found, or --val_fraction leaves none to train on")
+    return [sample[digest] for digest in sorted(sample)]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909). Returns the model file. Raises UserError."""
     model = io.BytesIO()
     try:
@@ -182,127 +185,16 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
             eos_id=2,
             pad_id=3,
             control_symbols=CONTROL_TOKENS,
-            minloglevel=2,
+            minloglevel=2,  # errors only
         )
     except RuntimeError as e:
-        reason = str(e).rsplit("] ", 1)[-1].split(". ")[0]
-        if too_small := re.search(r"required_chars\. \d+ vs (\d+)", str(e)):
+        message = str(e)
+        reason = message.rpartition("] ")[2]
+        too_small = re.search(r"required_chars\. \d+ vs (\d+)", message)
+        if too_small:
             reason = f"too small for the characters of these stories; at least {too_small[1]} is needed"
         raise UserError(f"--vocab_size {vocab_size}: {reason}") from None
     return model.getvalue()
-
-
-def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argparse.Namespace) -> list[str]:
-    """About SAMPLE characters of training stories, a fair sample of all files whatever their order and size.
-
-    The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever they
-    are too many, the range above the limit is halved. Raises UserError if there are none.
-    """
-    sample, limit = dict[int, str](), int(args.val_fraction * 2**64)
-    calls = ((block, args, limit) for block in read_blocks(files, "reading"))
-    for found in in_order(workers, sample_block, calls):
-        sample |= {n: story for n, story in found.items() if n >= limit}
-        while sum(map(len, sample.values())) > SAMPLE:
-            limit += (2**64 - limit) // 2
-            sample = {n: story for n, story in sample.items() if n >= limit}
-    if not sample:
-        raise UserError(f"{files[0]}: no stories found, or --val_fraction leaves none to train on")
-    return [sample[n] for n in sorted(sample)]
-
-
-def make_tokenizer(files: list[Path], args: argparse.Namespace) -> bytes:
-    """The file given with --tokenizer, or a new tokenizer trained on the stories. Raises UserError."""
-    if args.tokenizer:
-        return args.tokenizer.read_bytes()
-    with ProcessPoolExecutor(args.workers, None, start_worker) as workers:
-        texts = sample_stories(workers, files, args)
-        print(f"training a tokenizer on {sum(map(len, texts)):,} characters", flush=True)
-        # In a worker process, whose memory is free again when it ends.
-        (model,) = in_order(workers, train_tokenizer, [(texts, args.vocab_size)])
-    return model
-
-
-# ---- From inputs to a folder -----------------------------------------------------------------------
-
-
-def write_bins(blocks, folder: Path, args: argparse.Namespace) -> dict:
-    """Write the texts of encoded blocks to train.bin and val.bin, each text once. Returns what was counted.
-
-    The digest of its story decides a text's split, whatever the order of files. Raises UserError.
-    """
-    border, seen = int(args.val_fraction * 2**64), set[int]()
-    dropped = Counter(duplicate=0, empty=0, not_unicode=0, unencodable=0)
-    counts = {split: dict.fromkeys(("stories", "tokens", "characters", "bytes"), 0) for split in ("train", "val")}
-    checksums = {split: hashlib.sha256() for split in counts}
-    total, changed, example, changes = 0, 0, "", ""
-    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
-        for texts, dropped_of_block in blocks:
-            dropped.update(dropped_of_block)
-            for text in texts:
-                total += 1
-                changed += bool(text.change)
-                example = example or text.change
-                if text.digest in seen:
-                    dropped["duplicate"] += 1
-                    continue
-                seen.add(text.digest)
-                split = "val" if text.story_digest < border else "train"
-                (val if split == "val" else train).write(text.tokens)
-                checksums[split].update(text.tokens)
-                count = counts[split]
-                count["stories"] += 1
-                count["tokens"] += len(text.tokens) // 2
-                count["characters"] += text.characters
-                count["bytes"] += text.utf8_bytes
-            if changed:
-                changes = f"{args.tokenizer}: changes {changed:,} of {total:,} texts ({changed / total:.2%}): {example}"
-            if changed > 10 + 0.01 * total and not args.allow_lossy_tokenizer:
-                raise UserError(f"{changes}; use another tokenizer, or accept this with --allow_lossy_tokenizer")
-    splits = {split: counts[split] | {"sha256": checksums[split].hexdigest()} for split in counts}
-    return splits | {"dropped": dropped, "tokenizer_changes": changes}
-
-
-def check_counts(counts: dict, files: list[Path], args: argparse.Namespace) -> None:
-    """Raise a UserError if there is nothing to write, or if most instructions had to be left out."""
-    kept, dropped = counts["train"]["stories"] + counts["val"]["stories"], counts["dropped"]
-    reasons = {reason: n for reason, n in dropped.items() if n and reason != "duplicate"}
-    listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
-    if not kept:
-        raise UserError(f"{files[0]}: no stories found" + (f" ({listed})" if listed else ""))
-    if args.task == "sft" and sum(reasons.values()) > kept + dropped["duplicate"]:
-        raise UserError(f"{files[0]}: more than half of the records cannot be used ({listed})")
-    for split in ("train", "val"):
-        if not counts[split]["stories"]:
-            left = f"leaves no story for the {split} split"
-            raise UserError(f"--val_fraction {args.val_fraction}: {left}; change it, or add stories")
-
-
-@contextlib.contextmanager
-def replace_folder(folder: Path):
-    """A new folder beside `folder` that takes its name when the body ends, or vanishes if the body fails.
-
-    Raises UserError if one of the folders holds other files than those that prepare.py writes.
-    """
-    made = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
-    final = Path(os.path.abspath(folder))
-    new, old = (final.parent / f"{final.name}.{end}" for end in ("tmp", "old"))
-    for present in (folder, new, old):
-        if present.exists() and not {p.name.removesuffix(".tmp") for p in present.iterdir()} <= made:
-            raise UserError(f"{present}: holds files that prepare.py did not make; choose another --out_dir")
-    if old.exists() and not final.exists():  # a run was killed between the two renames
-        os.replace(old, final)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(final, old)
-        os.replace(new, final)
-        sync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def template_for(tokenizer) -> str:
@@ -314,30 +206,268 @@ def template_for(tokenizer) -> str:
     return "{instruction}" + tokenizer.id_to_piece(tokenizer.bos_id()) + "{response}"
 
 
-def prepare(files: list[Path], args: argparse.Namespace) -> dict:
-    """Write args.out_dir from the files. Returns what meta.json holds. Raises UserError."""
-    with replace_folder(args.out_dir) as folder:
-        model = make_tokenizer(files, args)
-        tokenizer = load_tokenizer(model, args.tokenizer or "the new tokenizer")
-        if not args.tokenizer and tokenizer.vocab_size() < args.vocab_size:
-            print(f"the corpus fills only {tokenizer.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
-        template = template_for(tokenizer) if args.task == "sft" else None
-        frames = template_tokens(template, tokenizer) if template else ([],)
-        with ProcessPoolExecutor(args.workers, None, start_worker) as workers:
-            calls = ((block, args, model, frames) for block in read_blocks(files, "encoding"))
-            counts = write_bins(in_order(workers, encode_block, calls), folder, args)
-        check_counts(counts, files, args)
-        meta = counts | {
-            "vocab_size": tokenizer.vocab_size(),
-            "end_token": tokenizer.eos_id(),
-            "template": template,
-            "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
-            "settings": vars(args),
-        }
-        for name, data in (("tokenizer.model", model), ("meta.json", json.dumps(meta, indent=2, default=str).encode())):
-            with atomic_write(folder / name) as f:
-                f.write(data)
-    return meta
+# ---- The token files -------------------------------------------------------------------------------
+
+
+def write_bins(files: list[Path], folder: Path, model: bytes, prefixes: tuple, args: argparse.Namespace) -> dict:
+    """Write the texts of the files to train.bin and val.bin, each text once. Returns what was counted.
+
+    The digest of its story decides a text's split, whatever the order of files.
+    """
+    border = int(args.val_fraction * DIGESTS)
+    seen: set[int] = set()  # digests of the texts written
+    dropped = Counter(duplicate=0, empty=0, not_unicode=0, unencodable=0)
+    counts = {split: Counter(stories=0, tokens=0, characters=0, bytes=0) for split in ("train", "val")}
+    checksums = {split: hashlib.sha256() for split in counts}
+    remarks: Counter[str] = Counter()  # how many texts each remark is made of
+    examples: dict[str, str] = {}  # the first example of each remark
+    total = 0
+    with (
+        worker_pool(args.workers) as workers,
+        atomic_write(folder / "train.bin") as train_file,
+        atomic_write(folder / "val.bin") as val_file,
+    ):
+        outputs = {"train": train_file, "val": val_file}
+        blocks = read_blocks(files, "encoding")
+        for texts, left_out in in_order(workers, encode_block, blocks, model, prefixes, args):
+            dropped.update(left_out)
+            for text in texts:
+                total += 1
+                for remark, example in text.remarks.items():
+                    remarks[remark] += 1
+                    examples.setdefault(remark, example)
+                if text.digest in seen:
+                    dropped["duplicate"] += 1
+                    continue
+                seen.add(text.digest)
+                split = "train"
+                if text.story_digest < border:
+                    split = "val"
+                outputs[split].write(text.tokens)
+                checksums[split].update(text.tokens)
+                counts[split]["stories"] += 1
+                counts[split]["tokens"] += len(text.tokens) // 2
+                counts[split]["characters"] += text.characters
+                counts[split]["bytes"] += text.utf8_bytes
+    if remarks["control"]:
+        print(f"{remarks['control']:,} texts spell a control token, which stays text: {examples['control']!r}")
+    changes = ""
+    if remarks["changed"]:
+        share = remarks["changed"] / total
+        changes = f"{args.tokenizer}: changes {remarks['changed']:,} of {total:,} texts ({share:.2%})"
+        changes += f": {examples['changed']}"
+    # Only now: a share of the first texts would depend on their order.
+    if remarks["changed"] > 10 + 0.01 * total and not args.allow_lossy_tokenizer:
+        raise UserError(f"{changes}; use another tokenizer, or accept this with --allow_lossy_tokenizer")
+    found = {split: dict(counts[split], sha256=checksums[split].hexdigest()) for split in counts}
+    return found | {"dropped": dropped, "tokenizer_changes": changes}
+
+
+def check_counts(counts: dict, files: list[Path], args: argparse.Namespace) -> None:
+    """Raise a UserError if there is nothing to write, or if most instructions had to be left out."""
+    written = counts["train"]["stories"] + counts["val"]["stories"]
+    duplicates = counts["dropped"]["duplicate"]
+    left_out = {reason: n for reason, n in counts["dropped"].items() if n and reason != "duplicate"}
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
+    if not written:
+        raise UserError(f"{files[0]}: no stories found ({reasons or 'the input is empty'})")
+    if args.task == "sft" and sum(left_out.values()) > written + duplicates:
+        raise UserError(f"{files[0]}: more than half of the records cannot be used ({reasons})")
+    for split in ("train", "val"):
+        if not counts[split]["stories"]:
+            problem = f"leaves no story for the {split} split; change it, or add stories"
+            raise UserError(f"--val_fraction {args.val_fraction}: {problem}")
+
+
+# ---- How a story is read back ----------------------------------------------------------------------
+
+
+def first_story(folder: Path, end_token: int) -> list[int]:
+    """The token ids of the first story of train.bin, up to its end token.
+
+    np.memmap reads only what is used, so that a file may be larger than memory. The next story begins behind the
+    end token; train.py cuts the file into sequences of block_size without looking at these borders.
+    """
+    tokens = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
+    story = []
+    for token in tokens:
+        if token == end_token:
+            break
+        story.append(int(token))
+    return story
+
+
+def show_first_story(folder: Path) -> None:
+    """Print how the first story stands in train.bin, and what it decodes to."""
+    tokenizer = load_tokenizer((folder / "tokenizer.model").read_bytes(), folder)
+    end_token = tokenizer.eos_id()
+    story = first_story(folder, end_token)
+    pieces = [f"{tokenizer.id_to_piece(token)} {token}" for token in story[:20]]
+    print(f"train.bin begins with {len(story):,} tokens, then the end token {end_token}")
+    print(f"  first pieces and their ids: {' | '.join(pieces)}")
+    print(f"  decoded: {decode_with_control_tokens(tokenizer, story)[:500]}")
+
+
+def decode_with_control_tokens(tokenizer, tokens: list[int]) -> str:
+    """The text of tokens. tokenizer.decode leaves control tokens out; here they show where an instruction ends."""
+    text = ""
+    run: list[int] = []  # tokens since the last control token
+    for token in tokens:
+        if tokenizer.is_control(token):
+            text += tokenizer.decode(run) + tokenizer.id_to_piece(token)
+            run = []
+        else:
+            run.append(token)
+    return text + tokenizer.decode(run)
+
+
+# ---- Worker processes: a block of input at a time --------------------------------------------------
+
+
+@contextlib.contextmanager
+def worker_pool(number: int):
+    """A pool of processes. Raises UserError if it cannot be made, or if a process ends abruptly."""
+    try:
+        pool = ProcessPoolExecutor(number, initializer=start_worker)
+    except OSError as e:
+        problem = f"worker processes cannot start ({e.strerror}); they need to write to /dev/shm"
+        raise UserError(f"{problem}: mount -o remount,rw /dev/shm makes it writable") from None
+    with pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            message = "a worker process ended abruptly; the system's log (dmesg) may say why"
+            raise UserError(message) from None
+
+
+def start_worker() -> None:
+    """Initialise a worker process: it ends with its parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent() -> None:
+    """Wait until the parent process ends, also if it is killed, then end this one."""
+    parent = multiprocessing.parent_process()
+    assert parent  # this is a worker
+    parent.join()
+    os._exit(1)
+
+
+def in_order(workers: ProcessPoolExecutor, function, blocks, *arguments):
+    """The results of function(block, *arguments) for each block, in order.
+
+    Only a few blocks are read ahead, so that memory does not grow with the input.
+    """
+    waiting: deque = deque()
+    most = 2 * usable_cores()
+    for block in blocks:
+        waiting.append(workers.submit(function, block, *arguments))
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def usable_cores() -> int:
+    """The number of cores this process may use, which a container or taskset limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
+
+
+def stories_by_digest(block: Block, args: argparse.Namespace) -> dict[int, str]:
+    """The stories of a block."""
+    texts, _ = read_texts(block, args)
+    stories = {}
+    for text in texts:
+        story = text[-1]
+        stories[text_digest(story)] = story
+    return stories
+
+
+def read_texts(block: Block, args: argparse.Namespace) -> tuple[list[tuple[str, ...]], Counter[str]]:
+    """The cleaned texts of a block: a story each; for --task sft, an instruction and a story.
+
+    The second result counts the records that are left out, by reason.
+    """
+    texts: list[tuple[str, ...]] = []
+    left_out: Counter[str] = Counter()
+    for where, record in records_of(block):
+        try:
+            if args.task == "sft":
+                examples = examples_of(record, where, args.text_key, args.augment)
+                texts += [clean_texts(example) for example in examples]
+            else:
+                story = story_of(record, where, args.text_key)
+                texts.append(clean_texts((story,)))
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+    return texts, left_out
+
+
+@dataclass
+class EncodedText:
+    """A story, or an instruction and its story, as it stands in a token file."""
+
+    digest: int
+    story_digest: int  # of the story alone
+    tokens: bytes  # uint16
+    characters: int
+    utf8_bytes: int
+    remarks: dict[str, str]  # what the report should count, with an example
+
+
+cached_tokenizer = functools.cache(load_tokenizer)  # a worker gets the same bytes with every block
+
+
+def encode_block(
+    block: Block, model: bytes, prefixes: tuple[list[int], ...], args: argparse.Namespace
+) -> tuple[list[EncodedText], Counter[str]]:
+    """Clean and encode the texts of a block. Also counts the records that are left out, by reason."""
+    tokenizer = cached_tokenizer(model, "tokenizer")
+    texts, left_out = read_texts(block, args)
+    # Only a given tokenizer is checked: a new one changes nothing (see train_tokenizer).
+    encoded = [encode(text, tokenizer, prefixes, check=bool(args.tokenizer)) for text in texts]
+    return encoded, left_out
+
+
+def encode(text: tuple[str, ...], tokenizer, prefixes: tuple[list[int], ...], check: bool) -> EncodedText:
+    """Encode the parts of a text, each after its control tokens, and the end token."""
+    tokens: list[int] = []
+    remarks = {}
+    for prefix, part in zip(prefixes, text, strict=True):
+        part_tokens = tokenizer.encode(part)
+        tokens += prefix
+        tokens += part_tokens
+        control = CONTROL_LIKE.search(part)
+        if control:
+            remarks["control"] = control[0]
+        if check and "changed" not in remarks:
+            decoded = tokenizer.decode(part_tokens)
+            if decoded != part:
+                remarks["changed"] = difference(part, decoded)
+    tokens.append(tokenizer.eos_id())
+    return EncodedText(
+        digest=text_digest(*text),
+        story_digest=text_digest(text[-1]),
+        tokens=np.array(tokens, "<u2").tobytes(),
+        characters=sum(len(part) for part in text),
+        utf8_bytes=sum(len(part.encode()) for part in text),
+        remarks=remarks,
+    )
+
+
+def difference(text: str, decoded: str) -> str:
+    """Where a text and what its tokens decode to differ first, which they must somewhere."""
+    same = 0
+    while text[same : same + 1] == decoded[same : same + 1]:
+        same += 1
+    around = slice(max(0, same - 4), same + 8)
+    return f"{text[around]!r} becomes {decoded[around]!r}"
+
+
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -352,53 +482,77 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--allow_lossy_tokenizer", action="store_true", help="even if it changes over 1%% of the texts")
     parser.add_argument("--val_fraction", type=float, default=0.01, help="share of the stories held out")
     parser.add_argument("--text_key", help="where a record has its story (default: story_zh)")
-    parser.add_argument("--workers", type=int, default=CORES, help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one for each core)")
     args = parser.parse_args()
     if not 263 <= args.vocab_size <= 65536:
         raise UserError(f"--vocab_size {args.vocab_size}: must lie between 263 (every byte) and 65536 (uint16)")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
-    for key in ("workers", "augment"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if args.augment < 1:
+        raise UserError(f"--augment {args.augment}: must be at least 1")
     if args.task == "sft" and not args.tokenizer:
         raise UserError("--tokenizer is missing: instructions need the one of the model to be tuned")
     if args.inputs and not args.out_dir and not args.download:
         raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
-    suffix = "_sft" if args.task == "sft" else ""
-    args.out_dir = args.out_dir or Path("data", (args.download or "demo") + suffix)
-    args.text_key = args.text_key or (DATASETS[args.download][2] if args.download else "story_zh")
+    if not args.out_dir:
+        name = args.download or "demo"
+        if args.task == "sft":
+            name += "_sft"
+        args.out_dir = Path("data", name)
+    if not args.text_key:
+        args.text_key = "story_zh"
+        if args.download:
+            args.text_key = DATASETS[args.download][2]
     return args
+
+
+def resolve_folder(path: Path) -> Path:
+    """The folder that a path names, with links followed: a link stays, and its target is written. Raises UserError."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            target = os.readlink(part)
+            raise UserError(f"{part}: a link to {target}, which is not there; create that folder, or remove the link")
+        if part.exists() and not part.is_dir():
+            raise UserError(f"{part}: not a folder; choose another --out_dir")
+    return path.resolve()
 
 
 def get_files(args: argparse.Namespace) -> list[Path]:
     """The input files: those named, after a downloaded dataset; or the embedded corpus. Raises UserError."""
-    files = [download(args.download, Path("data/downloads"))] if args.download else []
     if not args.inputs and not args.download:
-        files = [Path("data/stories.jsonl")]
-        print(f"writing the embedded corpus to {files[0]}", flush=True)
-        with locked(Path(f"{files[0]}.lock"), files[0]):
-            write_corpus(files[0])
+        corpus = Path("data/stories.jsonl")
+        print(f"writing the embedded corpus to {corpus}", flush=True)
+        with locked(Path(f"{corpus}.lock"), corpus):
+            write_corpus(corpus)
+        return [corpus]
+    files = []
+    if args.download:
+        files.append(download(args.download, Path("data/downloads")))
     return files + find_inputs(args.inputs)
 
 
 def main() -> None:
-    args, start = parse_arguments(), time.perf_counter()
-    files = get_files(args)
-    for line in describe_texts(files):
-        print(line)
-    with locked(Path(f"{os.path.abspath(args.out_dir)}.lock"), args.out_dir):
-        meta = prepare(files, args)
-    for split in ("train", "val"):
-        c, unit = meta[split], "examples" if args.task == "sft" else "stories"
-        print(
-            f"{args.out_dir}/{split}.bin: {c['stories']:,} {unit}, {c['characters']:,} characters, {c['tokens']:,} "
-            f"tokens ({c['characters'] / c['tokens']:.2f} characters a token)"
-        )
-    if meta["tokenizer_changes"]:
-        print(meta["tokenizer_changes"])
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())
-    print(f"dropped: {reasons}; {time.perf_counter() - start:.1f} s in all")
+    started = time.perf_counter()
+    args = parse_arguments()
+    out_dir = resolve_folder(args.out_dir)
+    with locked(Path(f"{out_dir}.lock"), args.out_dir):
+        files = get_files(args)
+        for line in describe_texts(files):
+            print(line)
+        meta = prepare(files, out_dir, args)
+        for split in ("train", "val"):
+            count = meta[split]
+            unit = "examples" if args.task == "sft" else "stories"
+            size = f"{count['stories']:,} {unit}, {count['characters']:,} characters, {count['tokens']:,} tokens"
+            ratio = count["characters"] / count["tokens"]
+            print(f"{args.out_dir}/{split}.bin: {size} ({ratio:.2f} characters a token)")
+        if meta["tokenizer_changes"]:
+            print(meta["tokenizer_changes"])
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items())
+        print(f"dropped: {reasons}; {time.perf_counter() - started:.1f} s in all")
+        show_first_story(out_dir)
 
 
 if __name__ == "__main__":

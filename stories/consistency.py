@@ -24,51 +24,75 @@ class Rules:
     slots: list[dict[str, int]]  # for each slot: a value -> its row; a story has one row
 
 
-def n_grams(text: str) -> set[str]:
-    return {text[i : i + SIZE] for i in range(len(text) - SIZE + 1)}
-
-
-def rules_of(plot: Plot, heroes: dict[str, str]) -> Rules:
-    """The rules of a plot. Words that stand in the plot's own texts say nothing, and are left out."""
-    texts = [variant.text for beat in plot.beats for variant in beat]
-    own = "\n".join(SLOT.sub("\n", CHOICE.sub(lambda match: f"\n{match[1]}\n".replace("|", "\n"), t)) for t in texts)
-    slots: list[dict[str, int]] = []
-    for columns, rows in plot.slots:
-        elsewhere = own + "".join(f"\n{v}" for other, rs in plot.slots if other != columns for row in rs for v in row)
-        values: dict[str, set[int]] = {}
-        for number, row in enumerate(rows):
-            for column, value in zip(columns, row, strict=True):
-                if len(value) > 1 and value not in elsewhere and any(f"{{{column}}}" in text for text in texts):
-                    values.setdefault(value, set()).add(number)
-        slots.append({value: min(numbers) for value, numbers in values.items() if len(numbers) == 1})
-    constant = own + "".join(f"\n{value}" for _, rows in plot.slots for row in rows for value in row)
-    grams = set().union(*(n_grams(line) for line in own.split("\n")))
-    return Rules(grams, len(plot.cast), {w: h for w, h in heroes.items() if w not in constant}, slots)
-
-
-@functools.cache
-def all_rules() -> list[Rules]:
-    names, animals = read_cast()
-    heroes = {name: name for sex in ("男孩", "女孩") for name in names[sex]}
-    for group in animals.values():
-        for animal in group:
-            heroes |= {animal[column]: animal["种类"] for column in ("种类", "妈", "爸")}
-    return [rules_of(plot, heroes) for plot in read_plots()]
-
-
-def mentioned(words: dict, text: str) -> set:
-    """What the words that occur in a text stand for; of overlapping words the longest counts."""
-    if not words:
-        return set()
-    pattern = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
-    return {words[word] for word in re.findall(pattern, text)}
-
-
 def consistent(story: str) -> bool | None:
     """Whether a story names no more heroes than its plot has, and of each slot one row; None for an unknown plot."""
     grams = n_grams(story)
     rules = max(all_rules(), key=lambda rules: len(grams & rules.grams))
     if not grams or len(grams & rules.grams) < KNOWN * len(grams):
         return None
-    one_row = all(len(mentioned(slot, story)) <= 1 for slot in rules.slots)
-    return one_row and len(mentioned(rules.heroes, story)) <= rules.n_heroes
+    for slot in rules.slots:
+        if len(mentioned(slot, story)) > 1:
+            return False
+    return len(mentioned(rules.heroes, story)) <= rules.n_heroes
+
+
+def n_grams(text: str) -> set[str]:
+    return {text[i : i + SIZE] for i in range(len(text) - SIZE + 1)}
+
+
+@functools.cache
+def all_rules() -> list[Rules]:
+    names, animals = read_cast()
+    heroes = {}
+    for name in names["男孩"] + names["女孩"]:
+        heroes[name] = name
+    for group in animals.values():
+        for animal in group:
+            for column in ("种类", "妈", "爸"):
+                heroes[animal[column]] = animal["种类"]
+    return [rules_of(plot, heroes) for plot in read_plots()]
+
+
+def rules_of(plot: Plot, heroes: dict[str, str]) -> Rules:
+    """The rules of a plot. Words that stand in the plot's own texts say nothing, and are left out."""
+    texts = "\n".join(variant.text for beat in plot.beats for variant in beat)
+    own = CHOICE.sub(lambda match: "\n" + match[1].replace("|", "\n") + "\n", texts)  # the choices, one a line
+    own = SLOT.sub("\n", own)
+    values = [values_in(rows) for _, rows in plot.slots]
+    slots = []
+    for number, (columns, rows) in enumerate(plot.slots):
+        elsewhere = "\n".join([own, *values[:number], *values[number + 1 :]])
+        slots.append(rows_of_values(columns, rows, texts, elsewhere))
+    constant = "\n".join([own, *values])
+    grams = set()
+    for line in own.split("\n"):
+        grams |= n_grams(line)
+    strange = {word: hero for word, hero in heroes.items() if word not in constant}
+    return Rules(grams, len(plot.cast), strange, slots)
+
+
+def values_in(rows: list[list[str]]) -> str:
+    """All values of a slot, one a line."""
+    return "\n".join(value for row in rows for value in row)
+
+
+def rows_of_values(columns: list[str], rows: list[list[str]], texts: str, elsewhere: str) -> dict[str, int]:
+    """For each value that only one row of a slot has: the number of the row. `elsewhere` is text of other origin."""
+    found: dict[str, int] = {}
+    ambiguous = set()
+    for number, row in enumerate(rows):
+        for column, value in zip(columns, row, strict=True):
+            if len(value) == 1 or value in elsewhere or f"{{{column}}}" not in texts:
+                continue
+            if found.setdefault(value, number) != number:
+                ambiguous.add(value)
+    return {value: number for value, number in found.items() if value not in ambiguous}
+
+
+def mentioned(words: dict, text: str) -> set:
+    """What the words that occur in a text stand for; of overlapping words the longest counts."""
+    if not words:
+        return set()
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join(re.escape(word) for word in longest_first)
+    return {words[word] for word in re.findall(pattern, text)}

@@ -44,6 +44,150 @@ class Plot:
     beats: list[list[Variant]] = field(default_factory=list)
 
 
+def write_corpus(path: Path, count: int = 24_000) -> None:
+    """Write the corpus as JSON lines. The file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as f:
+        for story in stories(count):
+            f.write(json.dumps(story, ensure_ascii=False).encode() + b"\n")
+
+
+def stories(count: int, seed: int = 0):
+    """Yield `count` distinct stories of MIN_CHARS to MAX_CHARS characters, all plots in equal parts."""
+    names, animals = read_cast()
+    plots = read_plots()
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    while len(seen) < count:
+        story = make_story(rng, pick(rng, plots), names, animals)
+        text = story["story_zh"]
+        complete = MIN_CHARS <= len(text) <= MAX_CHARS and len(story["instruction"]["words"]) == 3
+        if complete and text not in seen:
+            seen.add(text)
+            yield story
+
+
+def pick(rng: random.Random, options: list, skew: float = 1.0):
+    """Draw one of the options: each as likely as the others, or with skew > 1 the first ones more likely."""
+    # Not rng.choice: Python guarantees only the sequence of random().
+    return options[int(rng.random() ** skew * len(options))]
+
+
+# ---- From a plot to a story ------------------------------------------------------------------------
+
+
+def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float = SKEW) -> dict:
+    """Expand one plot into one story, a record in TinyStoriesChinese's schema."""
+    taken: set[str] = set()  # names and kinds of the heroes
+    values: dict = {}  # what stands in a slot: a text, or a hero
+    facts: set[str] = set()  # what guards ask for
+    for letter, groups in plot.cast.items():
+        hero = draw_hero(rng, groups, names, animals, taken)
+        values[letter] = hero
+        facts.add(letter + hero["类别"])
+        facts.add(letter + hero["种类"])
+    for columns, rows in plot.slots:
+        row = pick(rng, rows)
+        values.update(zip(columns, row, strict=True))
+        facts.update(row)
+
+    features = set(plot.features)
+    story = ""
+    for beat in plot.beats:
+        story += expand(rng, beat, values, facts, features, skew)
+    if "“" in story:
+        features.add("对话")
+    words = [word for word in plot.words if word in story]
+    sentences = re.findall(r"[^。！？“”]+[。！？]", story)
+    sentences = [sentence for sentence in sentences if 8 <= len(sentence) <= 40]
+    # What a story is about occurs often: the weight of a word is its count squared (Efraimidis and Spirakis 2006).
+    words.sort(key=lambda word: -(rng.random() ** (1 / story.count(word) ** 2)))
+    summary = expand(rng, plot.summaries, values, facts, features, skew)
+    sentence = ""
+    if sentences:
+        sentence = pick(rng, sentences)
+    return {
+        "story_zh": story,
+        "summary_zh": summary,
+        "instruction": {"words": words[:3], "features": [name for name in FEATURES if name in features]},
+        "sentence_zh": sentence,
+        "source": plot.name,
+    }
+
+
+def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict, taken: set) -> dict:
+    """Draw one character. `taken` holds the names and kinds already in the story, and gets those of this one."""
+    while True:
+        group = pick(rng, groups)
+        if group == "孩子":
+            hero = draw_child(rng, names)
+            own = {hero["名"]}
+        else:
+            hero = draw_animal(rng, pick(rng, animals[group]), names)
+            own = {hero["名"], hero["种类"]}
+        if own.isdisjoint(taken):
+            taken.update(own)
+            return hero
+
+
+def draw_child(rng: random.Random, names: dict) -> dict:
+    sex = pick(rng, ["男孩", "女孩"])
+    name = pick(rng, names[sex])
+    pronoun = "她"
+    if sex == "男孩":
+        pronoun = "他"
+    introduction = pick(rng, [f"一个叫{name}的小{sex}", f"小{sex}{name}"])
+    child = {"名": name, "种类": sex, "类别": "孩子", "介": introduction, "他": pronoun}
+    return child | {"走": "走", "家": "家", "吃": "饼干", "手": "手", "妈": "妈妈", "爸": "爸爸"}
+
+
+def draw_animal(rng: random.Random, animal: dict, names: dict) -> dict:
+    kind = animal["种类"]
+    name = kind
+    introduction = f"一{animal['量']}{kind}"
+    if rng.random() < 0.25:  # some animals have a personal name
+        name = pick(rng, names["小名"])
+        introduction = pick(rng, [f"一{animal['量']}叫{name}的{kind}", f"{kind}{name}"])
+    return animal | {"名": name, "介": introduction, "他": "它"}
+
+
+def expand(rng: random.Random, variants: list[Variant], values: dict, facts: set, features: set, skew: float) -> str:
+    """The text of one of the variants that fit the facts; "" if none does. `features` gets those of the variant."""
+    fitting = [variant for variant in variants if fits(variant, facts)]
+    if not fitting:
+        return ""
+    variant = pick(rng, fitting, skew)
+    features.update(variant.features)
+    text = variant.text
+    choice = CHOICE.search(text)
+    while choice:
+        text = text[: choice.start()] + pick(rng, choice[1].split("|"), skew) + text[choice.end() :]
+        choice = CHOICE.search(text)
+    return SLOT.sub(lambda slot: value_of(slot, values), text)
+
+
+def fits(variant: Variant, facts: set[str]) -> bool:
+    """Whether every guard holds: <A孩子> asks for a fact, <!A孩子> for its absence."""
+    for guard in variant.guards:
+        if guard.startswith("!"):
+            if guard[1:] in facts:
+                return False
+        elif guard not in facts:
+            return False
+    return True
+
+
+def value_of(slot: re.Match, values: dict) -> str:
+    """What {物}, {A} or {A.家} stands for."""
+    value = values[slot[1]]
+    if isinstance(value, dict):
+        return value[slot[2] or "名"]
+    return value
+
+
+# ---- The hand-written material ---------------------------------------------------------------------
+
+
 def read_cast(path: Path = HERE / "cast.txt") -> tuple[dict, dict]:
     """Return (names by list, animals by group); an animal is a dict of the table's columns."""
     names: dict[str, list[str]] = {}
@@ -67,7 +211,8 @@ def read_plots(folder: Path = HERE / "plots") -> list[Plot]:
     """Parse every plot file, in the order of the files' names."""
     plots: list[Plot] = []
     for path in sorted(folder.glob("*.txt")):
-        for line in map(str.strip, path.read_text(encoding="utf-8").splitlines()):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            line = line.strip()
             if not line or line.startswith("//"):
                 continue
             if line.startswith("== "):
@@ -79,109 +224,25 @@ def read_plots(folder: Path = HERE / "plots") -> list[Plot]:
                 block = []
                 plot.beats.append(block)
             elif line.startswith("- "):
-                guards = [g for guard in GUARD.findall(line) for g in guard.split()]
-                block.append(Variant(guards, TAG.sub("", GUARD.sub("", line[2:])), TAG.findall(line)))
-            elif line.startswith(("features:", "words:")):
-                setattr(plot, line.split(":")[0], line.split(":", 1)[1].split())
+                block.append(read_variant(line))
+            elif line.startswith("features:"):
+                plot.features = line.removeprefix("features:").split()
+            elif line.startswith("words:"):
+                plot.words = line.removeprefix("words:").split()
             elif re.fullmatch(r"[A-Z] = .+", line):
-                plot.cast[line[0]] = line[4:].split()
+                letter, groups = line.split(" = ")
+                plot.cast[letter] = groups.split()
             else:
                 columns, rows = line.split(" = ")
                 plot.slots.append((columns.split(), [row.split() for row in rows.split("|")]))
     return plots
 
 
-def pick(rng: random.Random, options: list, skew: float = 1.0):
-    """Draw one of the options: each as likely as the others, or with skew > 1 the first ones more likely."""
-    # Not rng.choice: Python guarantees only the sequence of random().
-    return options[int(rng.random() ** skew * len(options))]
-
-
-def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict, taken: set) -> dict:
-    """Draw one character. `taken` holds the names and kinds already in the story."""
-    while True:
-        group = pick(rng, groups)
-        if group == "孩子":
-            sex = pick(rng, ["男孩", "女孩"])
-            name = kind = pick(rng, names[sex])
-            hero = {"名": name, "种类": sex, "他": "他" if sex == "男孩" else "她", "走": "走", "家": "家"}
-            hero |= {"介": pick(rng, [f"一个叫{name}的小{sex}", f"小{sex}{name}"]), "吃": "饼干", "手": "手"}
-            hero |= {"妈": "妈妈", "爸": "爸爸", "类别": "孩子"}
-        else:
-            animal = pick(rng, animals[group])
-            name = kind = animal["种类"]
-            intro = f"一{animal['量']}{kind}"
-            if rng.random() < 0.25:  # some animals have a personal name
-                name = pick(rng, names["小名"])
-                intro = pick(rng, [f"一{animal['量']}叫{name}的{kind}", f"{kind}{name}"])
-            hero = animal | {"名": name, "介": intro, "他": "它"}
-        if not {name, kind} & taken:
-            taken |= {name, kind}
-            return hero
-
-
-def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew: float = SKEW) -> dict:
-    """Expand one plot into one story, a record in TinyStoriesChinese's schema."""
-    taken, values, facts = set[str](), {}, set()
-    for letter, groups in plot.cast.items():
-        hero = values[letter] = draw_hero(rng, groups, names, animals, taken)
-        facts |= {letter + hero["类别"], letter + hero["种类"]}
-    for columns, rows in plot.slots:
-        row = pick(rng, rows)
-        values |= dict(zip(columns, row, strict=True))
-        facts |= set(row)
-
-    features = set(plot.features)
-
-    def fill(match: re.Match) -> str:
-        value = values[match[1]]
-        return value[match[2] or "名"] if isinstance(value, dict) else value
-
-    def expand(variants: list[Variant]) -> str:
-        fits = [t for t in variants if all((g[0] != "!") == (g.lstrip("!") in facts) for g in t.guards)]
-        if not fits:
-            return ""
-        variant = pick(rng, fits, skew)
-        features.update(variant.features)
-        text = variant.text
-        while CHOICE.search(text):
-            text = CHOICE.sub(lambda m: pick(rng, m[1].split("|"), skew), text, count=1)
-        return SLOT.sub(fill, text)
-
-    story = "".join(expand(beat) for beat in plot.beats)
-    if "“" in story:
-        features.add("对话")
-    words = [w for w in plot.words if w in story]
-    sentences = [s for s in re.findall(r"[^。！？“”]+[。！？]", story) if 8 <= len(s) <= 40]
-    # What a story is about occurs often: the weight of a word is its count squared (Efraimidis and Spirakis 2006).
-    required = sorted(words, key=lambda w: -(rng.random() ** (1 / story.count(w) ** 2)))[:3]
-    return {
-        "story_zh": story,
-        "summary_zh": expand(plot.summaries),
-        "instruction": {"words": required, "features": [f for f in FEATURES if f in features]},
-        "sentence_zh": pick(rng, sentences) if sentences else "",
-        "source": plot.name,
-    }
-
-
-def stories(count: int, seed: int = 0):
-    """Yield `count` distinct stories of MIN_CHARS to MAX_CHARS characters, all plots in equal parts."""
-    (names, animals), plots = read_cast(), read_plots()
-    rng, seen = random.Random(seed), set[str]()
-    while len(seen) < count:
-        story = make_story(rng, pick(rng, plots), names, animals)
-        text = story["story_zh"]
-        if text not in seen and MIN_CHARS <= len(text) <= MAX_CHARS and len(story["instruction"]["words"]) == 3:
-            seen.add(text)
-            yield story
-
-
-def write_corpus(path: Path, count: int = 24_000) -> None:
-    """Write the corpus as JSON lines. The file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as f:
-        for story in stories(count):
-            f.write(json.dumps(story, ensure_ascii=False).encode() + b"\n")
+def read_variant(line: str) -> Variant:
+    """A line such as "- <A孩子> {A}笑了。 #对话": guards, a text and its features."""
+    guards = " ".join(GUARD.findall(line)).split()
+    text = TAG.sub("", GUARD.sub("", line[2:]))
+    return Variant(guards, text, TAG.findall(line))
 
 
 def main() -> None:

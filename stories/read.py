@@ -1,6 +1,7 @@
 """Read stories from files: .jsonl, .json, .txt, .csv and .parquet, packed as .gz or .zst, or in .tar archives.
 
-Everything is streamed, so that memory does not grow with the input. A file is read whole, or named as not read.
+Everything is streamed, so that memory does not grow with the input. What is in the input is read, or refused by file
+and place, or named as not read.
 """
 
 import codecs
@@ -10,10 +11,13 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import tarfile
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,67 +45,141 @@ class LeftOut(Exception):
     """A record that cannot be used. The message is the reason, for the report."""
 
 
-def object_of(pairs: list[tuple]):
-    """A JSON object as a dict; a LeftOut if a key stands twice in it, or in an object in it."""
-    found = dict(pairs)
-    twice = len(found) < len(pairs) or LeftOut in map(type, found.values())
-    return LeftOut("duplicate_key") if twice else found
+@dataclass
+class Block:
+    """A part of an input: about BLOCK bytes of text, or records that are parsed already.
+
+    Parsing JSON lines is slow, so `records_of` does it, in a worker process.
+    """
+
+    name: str  # of the file, for messages
+    line: int = 1  # number of the first line of `text`
+    text: bytes = b""
+    separator: str = ""  # what stands between stories; empty for JSON lines
+    records: list = field(default_factory=list)  # (where, record), of a JSON list, CSV or Parquet
+
+
+# ---- Which files -----------------------------------------------------------------------------------
 
 
 def find_inputs(inputs: list[Path]) -> list[Path]:
-    """The files of files, folders and globs, in a fixed order, without hidden ones. Raises UserError.
+    """The files of files, folders and globs, in a fixed order, each once, without hidden ones. Raises UserError.
 
     What a folder or a glob has beside them is named on stderr.
     """
-    files, not_read = [], []
+    files: list[Path] = []
+    not_read: list[Path] = []
     for path in inputs:
-        pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else str(path)
-        present = [p for p in sorted(map(Path, glob.glob(pattern, recursive=True))) if p.is_file()]
-        if path.exists() and not path.is_dir():  # a name may hold a bracket; a pipe may be named
-            present = [path]
-        found = [p for p in present if is_story_file(p, named=p == path)]
+        present = files_at(path)
+        readable = [file for file in present if is_story_file(file, named=file == path)]
         if not present:
             raise UserError(f"{path}: no such file, or an empty folder")
-        if not found:
+        if not readable:
             raise UserError(f"{path}: nothing here can be read as stories ({KNOWN}); it holds {shortened(present)}")
-        files += found
-        not_read += [p for p in present if p not in set(found)]
-    if not_read:
-        print(f"not read, because metadata or of an unknown kind: {shortened(not_read)}", file=sys.stderr)
+        files += readable
+        not_read += sorted(set(present) - set(readable))
+    name_not_read(not_read)
+    return each_once(files)
+
+
+def files_at(path: Path) -> list[Path]:
+    """What an input names: a file, all files of a folder, or those that a glob matches."""
+    if path.is_dir():
+        return sorted(files_below(path, set()))
+    if path.exists():  # also a pipe, or a name with a bracket
+        return [path]
+    files = []
+    for match in map(Path, glob.glob(str(path), recursive=True)):
+        if match.is_dir():
+            files += files_below(match, set())
+        else:
+            files.append(match)
+    return sorted(set(files))
+
+
+def files_below(folder: Path, visited: set[str]) -> list[Path]:
+    """The files of a folder and of the folders in it. Links are followed, but no folder is visited twice."""
+    real = os.path.realpath(folder)
+    if real in visited:
+        return []
+    visited.add(real)
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            files += files_below(path, visited)
+        else:
+            files.append(path)
     return files
 
 
-def shortened(paths: list[Path], most: int = 8) -> str:
-    return ", ".join(map(str, paths[:most])) + (f" and {len(paths) - most:,} more" if len(paths) > most else "")
-
-
-def suffixes_of(name: str) -> tuple[str, str]:
-    """The kind of a file and how it is packed, as (".jsonl", ".gz"), (".csv", ""); .tgz counts as .tar.gz."""
-    name = re.sub(r"\.tgz$", ".tar.gz", name.lower())
-    packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
-    return Path(name.removesuffix(packing)).suffix, packing
+def each_once(files: list[Path]) -> list[Path]:
+    """The files without those that are another one by a link or another spelling."""
+    by_real_path: dict[str, Path] = {}
+    for file in files:
+        by_real_path.setdefault(os.path.realpath(file), file)
+    return list(by_real_path.values())
 
 
 def is_story_file(path: Path, named: bool) -> bool:
     """Whether to read a file; metadata, and what is in a folder that prepare.py has written, only if it is named."""
     kind, packing = suffixes_of(path.name)
+    if kind not in (*SUFFIXES, ".tar") or (kind == ".parquet" and packing):
+        return False
+    if named:
+        return True
     prepared = (path.parent / "meta.json").exists() and (path.parent / "train.bin").exists()
-    known = kind in (*SUFFIXES, ".tar") and not (kind == ".parquet" and packing)
-    return known and (named or not (prepared or path.name in METADATA))
+    return path.is_file() and path.name not in METADATA and not prepared
 
 
-# A block is (kind, name, number of its first line, data). Parsing JSON lines is slow, so `records_of` does it, in a
-# worker process: such a block is bytes. A block of a JSON list, CSV or Parquet is a list of (where, record).
+def suffixes_of(name: str) -> tuple[str, str]:
+    """The kind of a file and how it is packed, as (".jsonl", ".gz"), (".csv", ""); .tgz counts as .tar.gz."""
+    name = re.sub(r"\.tgz$", ".tar.gz", name.lower())
+    for packing in PACKED:
+        if name.endswith(packing):
+            return Path(name.removesuffix(packing)).suffix, packing
+    return Path(name).suffix, ""
 
 
-def read_blocks(files: list[Path], title: str):
-    """Stream the blocks of all files with one progress bar, which counts bytes on the disk."""
-    total = sum(f.stat().st_size for f in files)
+def name_not_read(paths: list) -> None:
+    if paths:
+        reason = "metadata, a link in an archive, a broken link, or an unknown kind"
+        print(f"not read, because {reason}: {shortened(paths)}", file=sys.stderr)
+
+
+def shortened(paths: list, most: int = 8) -> str:
+    text = ", ".join(str(path) for path in paths[:most])
+    if len(paths) > most:
+        text += f" and {len(paths) - most:,} more"
+    return text
+
+
+def describe_texts(files: list[Path], most: int = 3) -> Iterator[str]:
+    """A line for each of the first .txt files: how it is cut into stories."""
+    how = {MARKER: f"separated by {DOCUMENT_END}", b"\n\n": "separated by empty lines", b"\n": "one a line"}
+    texts = [file for file in files if suffixes_of(file.name) == (".txt", "")]
+    for path in texts[:most]:
+        with open(path, "rb") as f:
+            head = next(text_blocks(f), b"")
+        yield f"{path}: stories {how[separator_of(head)]}"
+
+
+# ---- From files to blocks --------------------------------------------------------------------------
+
+
+def read_blocks(files: list[Path], title: str, name_unread: bool = True) -> Iterator[Block]:
+    """Stream the blocks of all files with one progress bar, which counts bytes on the disk. Raises UserError.
+
+    In the end the members of archives that were not read are named on stderr; not in the first of two passes.
+    """
+    unread: list[str] = []
+    total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for path in files:
             with open(path, "rb") as disk:
                 try:
-                    yield from read_file(CallbackIOWrapper(bar.update, disk, "read"), str(path))
+                    yield from read_file(CallbackIOWrapper(bar.update, disk, "read"), str(path), unread)
                 except UnicodeDecodeError as e:
                     raise UserError(f"{path}: not UTF-8 ({e.reason}); {NOT_UTF8}") from None
                 except ImportError as e:
@@ -112,9 +190,11 @@ def read_blocks(files: list[Path], title: str):
                         raise
                     reason = str(e).partition("\n")[0]
                     raise UserError(f"{path}: damaged or cut off ({reason}); fetch it again") from None
+    if name_unread:
+        name_not_read(unread)
 
 
-def read_file(stream, name: str):
+def read_file(stream, name: str, unread: list[str]) -> Iterator[Block]:
     kind, packing = suffixes_of(Path(name).name)
     if packing == ".gz":
         stream = gzip.GzipFile(fileobj=stream)
@@ -123,33 +203,26 @@ def read_file(stream, name: str):
 
         decompressor = zstandard.ZstdDecompressor()
         stream = io.BufferedReader(decompressor.stream_reader(stream, read_across_frames=True), BLOCK)
-    yield from read_archive(stream, name) if kind == ".tar" else read_stream(stream, name)
+    if kind == ".tar":
+        yield from read_archive(stream, name, unread)
+    else:
+        yield from read_stream(stream, name)
 
 
-def check_content(head: bytes, kind: str, name: str) -> None:
-    """Raise a UserError if a file begins as something else than its name says."""
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:64].lower()
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{name}: a pointer of Git LFS and not the file itself; fetch that with git lfs pull")
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise UserError(f"{name}: a web page and not the file itself; fetch it again")
-    if kind in (".txt", ".jsonl") and b"\r" in head[:-1] and b"\n" not in head:
-        raise UserError(f"{name}: its lines end in a carriage return alone: tr '\\r' '\\n' converts them")
-    if kind == ".txt" and re.match(rb'\[?\s*\{\s*"[^"\n]*"\s*:', start):
-        raise UserError(f"{name}: holds JSON; name it .jsonl (an object a line) or .json (one list)")
-    if kind == ".jsonl" and re.match(rb"\[\s*(\{|$)", start):
-        raise UserError(f"{name}: holds one JSON list; name it .json")
-
-
-def read_archive(stream, name: str):
+def read_archive(stream, name: str, unread: list[str]) -> Iterator[Block]:
+    """The blocks of an archive's files. `unread` gets the names of the others, without hidden ones."""
     # "r|" reads the archive once, front to back; nothing is ever unpacked to disk.
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
         # Python 3.11 forgets to define this.
         archive.fileobj.seekable = lambda: False  # type: ignore[attr-defined]
         for member in archive:
-            kind, packing = suffixes_of(member.name)
-            hidden = Path(member.name).name.startswith(".")
-            if not member.isfile() or hidden or kind not in SUFFIXES or Path(member.name).name in METADATA:
+            path = Path(member.name)
+            kind, packing = suffixes_of(path.name)
+            hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+            if hidden or member.isdir():
+                continue
+            if not member.isfile() or kind not in SUFFIXES or path.name in METADATA:
+                unread.append(f"{name}/{member.name}")
                 continue
             if packing or kind == ".parquet":
                 raise UserError(f"{name}/{member.name}: cannot be read inside an archive; unpack the archive first")
@@ -167,22 +240,83 @@ class Member(tarfile.TarInfo):
         return member
 
 
-def read_stream(stream, name: str):
+def read_stream(stream, name: str) -> Iterator[Block]:
     kind, _ = suffixes_of(name)
     if kind in (".jsonl", ".txt"):
-        head = stream.read(BLOCK)
-        check_content(head, kind, name)
-        separator = b"\n" if kind == ".jsonl" else separator_of(head)
-        for line, data in split_stream(stream, separator, name, head):
-            if kind == ".txt" and separator != MARKER and MARKER in data:
-                line += data.count(b"\n", 0, data.index(MARKER))
-                raise UserError(f"{name}:{line}: the first {DOCUMENT_END} of this file; put one into its first MiB too")
-            yield "jsonl" if kind == ".jsonl" else separator.decode(), name, line, data
-    else:
-        readers = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-        records = readers[kind](stream, name)
-        while block := list(itertools.islice(records, 1000)):
-            yield "records", name, 0, block
+        yield from read_text(stream, kind, name)
+        return
+    readers = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+    records = readers[kind](stream, name)
+    while True:
+        some = list(itertools.islice(records, 1000))
+        if not some:
+            return
+        yield Block(name, records=some)
+
+
+def check_content(head: bytes, kind: str, name: str) -> None:
+    """Raise a UserError if a file begins as something else than its name says."""
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:64].lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{name}: a pointer of Git LFS and not the file itself; fetch that with git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{name}: a web page and not the file itself; fetch it again")
+    if kind == ".txt" and re.match(rb'\[?\s*\{\s*"[^"\n]*"\s*:', start):
+        raise UserError(f"{name}: holds JSON; name it .jsonl (an object a line) or .json (one list)")
+    if kind == ".jsonl" and re.match(rb"\[\s*(\{|$)", start):
+        raise UserError(f"{name}: holds one JSON list; name it .json")
+
+
+# ---- Text and JSON lines ---------------------------------------------------------------------------
+
+
+def read_text(stream, kind: str, name: str) -> Iterator[Block]:
+    """The blocks of a .txt or .jsonl file, each of whole stories or lines. Raises UserError."""
+    blocks = text_blocks(stream)
+    head = next(blocks, b"")
+    check_content(head, kind, name)
+    separator = b"\n"
+    if kind == ".txt":
+        separator = separator_of(head)
+    rest = b""  # what follows the last separator
+    line = 1
+    for block in itertools.chain([head], blocks):
+        whole, found, rest = (rest + block).rpartition(separator)
+        text = whole + found
+        if not text and len(rest) > LONGEST:
+            raise UserError(f"{name}:{line}: over {LONGEST:,} bytes without an end; is this the right file?")
+        if text:
+            yield text_block(text, separator, kind, name, line)
+            line += text.count(b"\n")
+    if rest:
+        yield text_block(rest, separator, kind, name, line)
+
+
+def text_block(text: bytes, separator: bytes, kind: str, name: str, line: int) -> Block:
+    """Raises UserError for a marker in a file whose first MiB has none."""
+    if kind == ".jsonl":
+        return Block(name, line, text)
+    if separator != MARKER and MARKER in text:
+        line += text.count(b"\n", 0, text.index(MARKER))
+        raise UserError(f"{name}:{line}: the first {DOCUMENT_END} of this file; put one into its first MiB too")
+    return Block(name, line, text, separator.decode())
+
+
+def text_blocks(stream) -> Iterator[bytes]:
+    """The bytes of a text, about BLOCK at a time, with line ends as \\n whatever system they come from."""
+    held = b""  # a carriage return at the end of a block: a line feed may follow
+    while True:
+        data = stream.read(BLOCK)
+        if not data:
+            break
+        data = held + data
+        held = b""
+        if data.endswith(b"\r"):
+            held = b"\r"
+            data = data[:-1]
+        yield data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if held:
+        yield b"\n"
 
 
 def separator_of(head: bytes) -> bytes:
@@ -192,125 +326,155 @@ def separator_of(head: bytes) -> bytes:
     """
     if MARKER in head:
         return MARKER
-    empty_line = b"\r\n\r\n" if b"\r\n" in head else b"\n\n"
-    counts = [part.strip().count(b"\n") + 1 for part in head.split(empty_line) if part.strip()]
-    several = sum(2 <= n <= 20 for n in counts)
-    return empty_line if len(counts) > 1 and several >= len(counts) / 4 else b"\n"
+    parts = [part.strip() for part in head.split(b"\n\n") if part.strip()]
+    several = [part for part in parts if 1 <= part.count(b"\n") < 20]
+    if len(parts) > 1 and len(several) >= len(parts) / 4:
+        return b"\n\n"
+    return b"\n"
 
 
-def describe_texts(files: list[Path], most: int = 3):
-    """A line for each of the first .txt files: how it is cut into stories, and how the first two begin."""
-    for path in [p for p in files if suffixes_of(p.name) == (".txt", "")][:most]:
-        with open(path, "rb") as f:
-            head = f.read(BLOCK)
-        separator = separator_of(head)
-        how = {MARKER: f"separated by {DOCUMENT_END}", b"\n": "one a line"}.get(separator, "separated by empty lines")
-        texts = map(str.strip, head.decode("utf-8-sig", errors="replace").split(separator.decode()))
-        first = ", ".join(f"{text[:12]!r}…" for text in itertools.islice(filter(None, texts), 2))
-        yield f"{path}: stories {how}: {first}"
+def records_of(block: Block) -> Iterator[tuple[str, object]]:
+    """The records of one block: (where, record), of which `where` names the record in messages. Raises UserError."""
+    if block.records:
+        yield from block.records
+        return
+    try:
+        text = block.text.decode()
+    except UnicodeDecodeError as e:
+        line = block.line + block.text.count(b"\n", 0, e.start)
+        found = block.text[e.start]
+        raise UserError(f"{block.name}:{line}: not UTF-8 (byte 0x{found:02x}); {NOT_UTF8}") from None
+    text = text.removeprefix(BOM).replace(f"\n{BOM}", "\n")  # files that were joined have one inside
+    if block.separator:
+        for story in text.removesuffix(block.separator).split(block.separator):
+            yield f"{block.name}:{block.line}", story
+        return
+    for number, row in enumerate(text.split("\n"), block.line):
+        if not row or row.isspace():
+            continue
+        where = f"{block.name}:{number}"
+        try:
+            record = json.loads(row, object_pairs_hook=object_of)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{where}: malformed JSON ({e})") from None
+        yield where, record
 
 
-def split_stream(stream, separator: bytes, name: str, rest: bytes):
-    """Yield (number of the first line, bytes) of about BLOCK bytes, each ending in `separator`. `rest` comes first."""
-    line = 1
-    while data := stream.read(BLOCK):
-        whole, found, tail = (rest + data).rpartition(separator)
-        rest = tail
-        if found:
-            yield line, whole + found
-            line += (whole + found).count(b"\n")
-        elif len(rest) > LONGEST:
-            raise UserError(f"{name}:{line}: over {LONGEST:,} bytes without an end; is this the right file?")
-    if rest:
-        yield line, rest
+def object_of(pairs: list[tuple]):
+    """A JSON object as a dict; a LeftOut if a key stands twice in it, or in an object in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        return LeftOut("duplicate_key")
+    for value in found.values():
+        if isinstance(value, LeftOut):
+            return value
+    return found
+
+
+# ---- Files whose records are parsed here -----------------------------------------------------------
 
 
 def read_json(stream, name: str):
     """Stream the elements of one JSON list, so that the file can be larger than memory."""
     reader = codecs.getreader("utf-8-sig")(stream)
-    decode = json.JSONDecoder(object_pairs_hook=object_of).raw_decode
-    text, at, line, number = reader.read(BLOCK), 0, 1, 0
+    decoder = json.JSONDecoder(object_pairs_hook=object_of)
+    text = reader.read(BLOCK)
     check_content(text[:64].encode(), ".json", name)
     if not text.lstrip().startswith("["):
         advice = "JSON lines belong in a .jsonl file, a list under a key in one of its own"
         raise UserError(f"{name}: expected a JSON list, found {text[:20]!r}; {advice}")
-    before = re.compile(r"\s*\[\s*(]|)")  # what stands before an element, or the end of the list
+    at = text.index("[") + 1  # text[:at] has been parsed
+    line = 1  # where text[0] stands
+    number = 0  # of the elements parsed
     while True:
-        found = before.match(text, at)
-        assert found  # it can match nothing at all
-        start = found.end()
-        if found[1] == "]":
+        start = skip_space(text, at)
+        if text[start : start + 1] == "]":
             break
         try:
-            if number and not found[1]:
-                raise ValueError("a comma is missing")
-            record, end = decode(text, start)
-        except (ValueError, RecursionError) as e:  # broken, or only not all read yet
-            more = reader.read(BLOCK) if len(text) - at < LONGEST else ""
+            if number:
+                if text[start : start + 1] != ",":
+                    raise ValueError("a comma is missing")
+                start = skip_space(text, start + 1)
+            record, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as e:  # broken, or not all of it is read yet
+            more = ""
+            if len(text) - at < LONGEST:
+                more = reader.read(BLOCK)
             if not more:
                 line += text.count("\n", 0, start)
                 raise UserError(f"{name}:{line}: malformed JSON ({e})") from None
             line += text.count("\n", 0, at)
-            text, at = text[at:] + more, 0
-        else:
-            at, number, before = end, number + 1, re.compile(r"\s*(,\s*|]|)")
-            yield f"{name}, element {number}", record
-    rest = text[start:]
-    while not rest or rest.isspace():
-        if not (rest := reader.read(BLOCK)):
+            text = text[at:] + more
+            at = 0
+            continue
+        at = end
+        number += 1
+        yield f"{name}, element {number}", record
+    rest = text[start + 1 :]
+    while rest.isspace() or not rest:
+        rest = reader.read(BLOCK)
+        if not rest:
             return
     raise UserError(f"{name}: malformed JSON (something follows the list)")
+
+
+def skip_space(text: str, at: int) -> int:
+    """The place of the first character at `at` or behind it that is not white space."""
+    space = re.compile(r"\s*").match(text, at)
+    assert space  # it can match nothing at all
+    return space.end()
 
 
 def read_csv(stream, name: str):
     csv.field_size_limit(LONGEST)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    # A line that is too long is cut in two, so that csv refuses it.
     header = text.readline(LONGEST + 1)
     check_content(header[:64].encode(), ".csv", name)
     delimiter = max(",\t;", key=header.count)  # a spreadsheet may write another than the comma
-    lines = itertools.chain([header], iter(lambda: text.readline(LONGEST + 1), ""))
-    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    rows = csv.reader(csv_lines(header, text), delimiter=delimiter, strict=True)
     try:
-        if len(set(titles := rows.fieldnames or [])) < len(titles):
-            raise UserError(f"{name}:1: two columns have one name: {', '.join(titles)}")
+        titles = next(rows, [])
+        names = column_names(titles, name)
         for row in rows:
-            if None in row.values():
-                raise UserError(f"{name}:{rows.line_num}: has fewer columns than the first line")
-            yield f"{name}:{rows.line_num}", row
+            if not row:
+                continue
+            where = f"{name}:{rows.line_num}"
+            if len(row) < len(names):
+                raise UserError(f"{where}: has fewer columns than the first line")
+            nameless = row[len(names) :]
+            if len(row) > len(titles) or any(value.strip() for value in nameless):
+                problem = "has more columns than the first line names"
+                raise UserError(f"{where}: {problem}; a text that holds {delimiter!r} needs quotes")
+            yield where, dict(zip(names, row, strict=False))
     except csv.Error as e:
-        raise UserError(f"{name}:{rows.reader.line_num}: malformed CSV ({e})") from None
+        raise UserError(f"{name}:{rows.line_num}: malformed CSV ({e})") from None
+
+
+def csv_lines(header: str, text) -> Iterator[str]:
+    """The lines of a CSV file. One that is too long is cut in two, so that csv refuses it."""
+    line = header
+    while line:
+        yield line
+        line = text.readline(LONGEST + 1)
+
+
+def column_names(titles: list[str], name: str) -> list[str]:
+    """The names of the columns, without the empty ones that a spreadsheet writes at the end. Raises UserError."""
+    names = list(titles)
+    while names and not names[-1].strip():
+        names.pop()
+    given = [title for title in names if title.strip()]
+    if len(set(given)) < len(given):
+        raise UserError(f"{name}:1: two columns have one name: {', '.join(given)}")
+    return names
 
 
 def read_parquet(stream, name: str):
     import pyarrow.parquet
 
     check_content(stream.read(64), ".parquet", name)
-    batches = pyarrow.parquet.ParquetFile(stream).iter_batches(1000)
-    for number, record in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
-        yield f"{name}, row {number}", record
-
-
-def records_of(block: tuple):
-    """The records of one block: (where, record), of which `where` names the record in messages. Raises UserError."""
-    kind, name, line, data = block
-    if kind == "records":
-        yield from data
-        return
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as e:
-        line += data.count(b"\n", 0, e.start)
-        raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); {NOT_UTF8}") from None
-    text = text.removeprefix(BOM).replace(f"\n{BOM}", "\n")  # files that were joined have one inside
-    if kind != "jsonl":
-        for story in text.split(kind):
-            yield f"{name}:{line}", story
-        return
-    for number, row in enumerate(text.split("\n"), line):
-        if row and not row.isspace():
-            try:
-                record = json.loads(row, object_pairs_hook=object_of)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{name}:{number}: malformed JSON ({e})") from None
-            yield f"{name}:{number}", record
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1000):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{name}, row {number}", record

@@ -3,10 +3,50 @@
 The evaluation reports these scores, and preference tuning rewards them.
 """
 
-import collections
 import re
 
 from stories.constraints import split_list
+
+REQUIRED = ("words", "words_all", "sentence_exact", "sentence_lcs80", "dialogue")  # scores of what was asked for
+DIALOGUE = {"对话", "對話", "Dialogue"}
+
+
+def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
+    """The scores of one story, given the constraints it was asked for; a score that does not apply is left out."""
+    if constraints is None:
+        constraints = {}
+    scores: dict[str, float] = {"length": len(story), "repeat_4gram": repeated_4grams(story)}
+    words = split_list(constraints.get("词汇", ""))
+    if words:
+        present = [word for word in words if word in story]
+        scores["words"] = len(present) / len(words)
+        scores["words_all"] = float(len(present) == len(words))
+    sentence = constraints.get("随机句子")
+    if sentence:
+        exact = sentence in story
+        scores["sentence_exact"] = float(exact)
+        required = "".join(sentences_of(sentence))
+        nearest = 0  # characters that the sentence has in common with the one most like it
+        for other in sentences_of(story):
+            nearest = max(nearest, common_subsequence(required, other))
+        scores["sentence_lcs80"] = float(exact or nearest > 0.8 * len(required))
+    features = split_list(constraints.get("特点", ""))
+    if DIALOGUE.intersection(features):
+        scores["dialogue"] = float(re.search("[“「『]", story) is not None)
+    return scores
+
+
+def repeated_4grams(text: str) -> float:
+    """The share of a text's 4-grams of characters that have occurred in it before."""
+    grams = [text[i : i + 4] for i in range(len(text) - 3)]
+    if not grams:
+        return 0.0
+    return 1 - len(set(grams)) / len(grams)
+
+
+def sentences_of(text: str) -> list[str]:
+    parts = re.split(r"[。！？.!?“”\"\n]+", text)
+    return [part for part in parts if part.strip()]
 
 
 def common_subsequence(a: str, b: str) -> int:
@@ -16,70 +56,56 @@ def common_subsequence(a: str, b: str) -> int:
         above = row
         row = [0]
         for j, y in enumerate(b):
-            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+            if x == y:
+                row.append(above[j] + 1)
+            else:
+                row.append(max(above[j + 1], row[j]))
     return row[-1]
-
-
-def sentences_of(text: str) -> list[str]:
-    return [s for s in re.split(r"[。！？.!?“”\"\n]+", text) if s.strip()]
-
-
-def repeated_4grams(text: str) -> float:
-    """The share of a text's 4-grams of characters that have occurred in it before."""
-    grams = [text[i : i + 4] for i in range(len(text) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
-    """The scores of one story, given the constraints it was asked for; a score that does not apply is left out."""
-    constraints = constraints or {}
-    scores = {"length": len(story), "repeat_4gram": repeated_4grams(story)}
-    if words := split_list(constraints.get("词汇", "")):
-        scores["words"] = sum(word in story for word in words) / len(words)
-        scores["words_all"] = float(scores["words"] == 1)
-    if sentence := constraints.get("随机句子"):
-        scores["sentence_exact"] = float(sentence in story)
-        required = "".join(sentences_of(sentence))
-        nearest = max((common_subsequence(required, s) for s in sentences_of(story)), default=0)
-        scores["sentence_lcs80"] = float(sentence in story or nearest > 0.8 * len(required))
-    if {"对话", "對話", "Dialogue"} & set(split_list(constraints.get("特点", ""))):
-        scores["dialogue"] = float(any(quote in story for quote in '“「『"'))
-    return scores
 
 
 def average(scores: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each score over the stories it applies to."""
-    values = collections.defaultdict(list)
+    columns: dict[str, list[float]] = {}
     for one in scores:
         for name, value in one.items():
-            values[name].append(value)
-    return {name: sum(column) / len(column) for name, column in values.items()}
-
-
-REQUIRED = ("words", "words_all", "sentence_exact", "sentence_lcs80", "dialogue")  # scores of what was asked for
+            columns.setdefault(name, []).append(value)
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 def reward(scores: dict[str, float], reference: dict[str, float] | None = None) -> float:
     """One number for a story's scores: the sum of what was asked for and is there (words as the share present), and
     one point each for reaching the end and for repeating itself hardly more than the reference, or than 5% if there
     is none; and with a reference one for being half to twice as long."""
-    fitting = reference is None or 0.5 <= scores["length"] / max(1, reference["length"]) <= 2
-    steady = scores["repeat_4gram"] <= (reference["repeat_4gram"] if reference else 0) + 0.05
-    return sum(scores.get(name, 0.0) for name in (*REQUIRED, "finished")) + fitting + steady
+    total = sum(scores.get(name, 0.0) for name in (*REQUIRED, "finished"))
+    repeated = 0.05  # of the 4-grams, which is hardly more than none
+    right_length = True
+    if reference:
+        repeated += reference["repeat_4gram"]
+        right_length = 0.5 <= scores["length"] / max(1, reference["length"]) <= 2
+    if right_length:
+        total += 1
+    if scores["repeat_4gram"] <= repeated:
+        total += 1
+    return total
 
 
 def can_choose(constraints: dict[str, str] | None) -> bool:
     """Whether an instruction asks for something that these rules can find in a story."""
-    return any(name in score(constraints, "") for name in REQUIRED)
+    return not score(constraints, "").keys().isdisjoint(REQUIRED)
 
 
 def findings(constraints: dict[str, str] | None, story: str) -> dict:
     """What a story has of what was asked for: "missing" words, the "sentence" (exact, nearly, missing), "dialogue"."""
-    scores, found = score(constraints, story), dict[str, object]()
-    if words := split_list((constraints or {}).get("词汇", "")):
-        found["missing"] = [word for word in words if word not in story]
+    scores = score(constraints, story)
+    found: dict[str, object] = {}
+    if constraints and "words" in scores:
+        found["missing"] = [word for word in split_list(constraints["词汇"]) if word not in story]
     if "sentence_exact" in scores:
-        found["sentence"] = "exact" if scores["sentence_exact"] else "nearly" if scores["sentence_lcs80"] else "missing"
+        found["sentence"] = "missing"
+        if scores["sentence_lcs80"]:
+            found["sentence"] = "nearly"
+        if scores["sentence_exact"]:
+            found["sentence"] = "exact"
     if "dialogue" in scores:
         found["dialogue"] = bool(scores["dialogue"])
     return found

@@ -556,12 +556,17 @@ FORMS = {
     "instruction/response": {"instruction": "写", "response": "好", "id": 3},
     "query/answer": {"query": "写", "answer": "好"},
     "question/answer": {"question": "写", "answer": "好"},
+    "query/output": {"query": "写", "output": "好"},
+    "conversational prompt/completion": {"prompt": [{"role": "user", "content": "写"}],
+                                         "completion": [{"role": "assistant", "content": "好"}]},
+    "prompt beside messages": {"prompt": "写", "messages": [
+        {"role": "user", "content": "写"}, {"role": "assistant", "content": "好"}]},
     "messages": {"messages": [{"role": "user", "content": "写"}, {"role": "assistant", "content": "好"}]},
     "conversations": {"conversations": [{"from": "human", "value": "写"}, {"from": "gpt", "value": "好"}]},
     "conversations with user": {"conversations": [
         {"from": "user", "value": "写"}, {"from": "assistant", "value": "好"}]},
     "empty extras": {"instruction": "写", "input": None, "output": "好", "history": [], "system": " "},
-    "pandas": {"instruction": "写", "input": float("nan"), "output": "好", "system": None},
+    "pandas": {"instruction": "写", "input": float("nan"), "output": "好", "system": float("nan")},
     "good label": {"prompt": "写", "completion": "好", "label": True},
     "empty system": {"messages": [{"role": "system", "content": ""}, *({"role": r, "content": c} for r, c in
                      (("user", "写"), ("assistant", "好")))]},
@@ -584,8 +589,9 @@ def test_a_story_beside_a_prompt():
 IGNORED = [
     {"prompt": "写", "story_zh": STORY, "output": "好"},  # the prompt of which?
     {"instruction": "写", "prompt": "画", "response": "好"},
-    {"query": "写", "output": "好"},
     {"output": "好"},
+    {"prompt": [{"role": "user", "content": "写"}], "instruction": "画", "output": "好"},
+    {"prompt": "画", "messages": [{"role": "user", "content": "写"}, {"role": "assistant", "content": "好"}]},
     {"instruction": "写", "output": "好", "response": "坏"},
     {"messages": [], "output": "好"},
     {"messages": [{"role": "user", "content": "写"}]},

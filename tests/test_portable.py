@@ -31,7 +31,7 @@ def test_prepare_train_and_sample_without_fcntl_and_resource(windows, tmp_path):
     assert done.returncode and "ModuleNotFoundError" in done.stderr  # they are really missing
     data, out = tmp_path / "data", tmp_path / "out"
     run_script("prepare.py", file, "--out_dir", data, "--vocab_size", 400, "--val_fraction", 0.2, "--workers", 2,
-               **windows)  # fmt: skip
+               text=False, **windows)  # fmt: skip
     settings = TINY | {"data_dir": data, "out_dir": out, "sample_interval": 6}
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     run_script("train.py", *arguments, text=False, **windows)

@@ -224,29 +224,6 @@ def choose_pair(samples: list[tuple], reference: tuple, reference_chosen: bool) 
 # ---- Reading pairs ---------------------------------------------------------------------------------
 
 
-def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
-    """The texts of the prompt and of the response at `key`. Raises UserError and LeftOut.
-
-    The prompt is a text or a conversation of its own, or stands in front of the response.
-    """
-    if isinstance(record[key], (list, dict)):
-        response = records.turns_of(record[key], key, where)
-    else:
-        response = [("assistant", records.text_of(record, key, where))]
-    before = [name for name in ("prompt", *records.CONVERSATIONS) if isinstance(record.get(name), list)]
-    # UltraFeedback has the prompt as a text, and beside it `messages`, which repeat the chosen conversation.
-    if not any(isinstance(record.get(name), str) for name in records.PROMPTS):
-        turns = records.turns_of(record[before[0]], before[0], where) if before else []
-        return records.question_and_answer(turns + response, key, where)
-    prompt = records.prompt_of(record, ("prompt", "instruction", "query", "question"), where)
-    repeated = [text for role, text in response if role == "user"]
-    if repeated and repeated[0].strip() != prompt.strip():
-        raise UserError(f"{where}: {key!r} answers another prompt than that of the record")
-    return records.question_and_answer(
-        [("user", prompt), *(turn for turn in response if turn[0] != "user")], key, where
-    )
-
-
 def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]]:
     """(prompt, (chosen, whether it ended), (rejected, whether it ended)) of a record. Raises UserError and LeftOut.
 
@@ -258,8 +235,8 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
         found = f"; the keys here are {records.keys_of(record)}" if isinstance(record, dict) else ""
         raise UserError(f"{where}: expected an object with prompt, chosen and rejected{found}")
-    records.refuse_extras(record)
-    (prompt, chosen), (other, rejected) = (prompt_and_response(record, key, where) for key in ("chosen", "rejected"))
+    prompt, chosen = records.prompt_and_response(record, "chosen", where)
+    other, rejected = records.prompt_and_response(record, "rejected", where)
     prompt, other, chosen, rejected = records.clean_texts((prompt, other, chosen, rejected))
     if prompt != other:
         raise UserError(f"{where}: chosen and rejected answer different prompts")
