@@ -208,6 +208,13 @@ def many_layers(c):
     c["model_config"]["n_layer"] = 10**12
 
 
+def endless_setting(c):
+    value = "x"
+    for _ in range(60):
+        value = [value, value]  # 2**60 strings, if they are ever written out
+    c["settings"]["seed"] = value
+
+
 def no_step(c):
     c["step"] = "20"
 
@@ -235,6 +242,7 @@ def no_template(c):
         (many_layers_of_one, ["share"]),
         (other_shape, ["weight", "1000000000000"]),
         (many_layers, ["1000000000000 layers, not 2"]),
+        (endless_setting, ["seed"]),
         (no_step, ["damaged"]),
         (smaller_model, ["tokenizer", "pieces", "1,999"]),
         (other_tokenizer, ["tokenizer"]),

@@ -75,14 +75,18 @@ def check_order(path: Path, tokens: np.ndarray, template: str, tokenizer) -> Non
 def check_checkpoint(path: Path) -> str:
     check_archive(path)
     checkpoint = read_checkpoint(path)
+    template = checkpoint.get("template", "")
+    for name, value in {**checkpoint["settings"], "template": template}.items():
+        if not isinstance(value, str | int | float):  # nested lists can be endless
+            raise UserError(f"{path}: the entry {name!r} is not text or a number")
     model = model_without_weights(path, checkpoint)
     check_weights(path, checkpoint["model"], model.state_dict())
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{path} (tokenizer)")
     if tokenizer.vocab_size() != model.config.vocab_size:
         both = f"{tokenizer.vocab_size():,} pieces, the model {model.config.vocab_size:,}"
         raise UserError(f"{path}: the tokenizer has {both}")
-    if "template" in checkpoint:
-        template_tokens(checkpoint["template"], tokenizer)  # raises UserError
+    if template:
+        template_tokens(template, tokenizer)  # raises UserError
     return f"{path}: step {checkpoint['step']:,}, {model.count_parameters():,} parameters"
 
 
