@@ -45,29 +45,8 @@ NAMES = {
 }
 METADATA = ("settings", "step", "template")  # of a checkpoint, in config.json for the way back
 LARGEST = 1 << 20  # of the numbers in SHAPE
-AS_SPELT = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-}  # how tokens are found
 # The metrics that the model card shows, where a run has them.
-METRICS = [
-    "tokens",
-    "loss",
-    "val_loss",
-    "val_perplexity",
-    "val_bits_per_character",
-    "val_accuracy",
-    "val_margin",
-]
-
-
-def their_name(name: str) -> str:
-    """The name of a weight in model.safetensors."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return f"model.{name}"
+METRICS = ["tokens", "loss", "val_loss", "val_perplexity", "val_bits_per_character", "val_accuracy", "val_margin"]
 
 
 # ---- To Hugging Face -------------------------------------------------------------------------------
@@ -94,6 +73,13 @@ def export(path: Path, out_dir: Path) -> None:
         for name, content in files.items():
             with atomic_write(folder / name) as f:
                 f.write(content)
+
+
+def their_name(name: str) -> str:
+    """The name of a weight in model.safetensors."""
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return f"model.{name}"
 
 
 def as_json(content: dict, ensure_ascii: bool = True) -> bytes:
@@ -160,7 +146,17 @@ def tokenizer_json(tokenizer, path: Path) -> dict:
         piece = tokenizer.id_to_piece(i)
         vocabulary[piece] = i
         if tokenizer.is_control(i) or tokenizer.is_unknown(i):
-            special.append({"id": i, "content": piece, "special": True} | AS_SPELT)
+            special.append(
+                {
+                    "id": i,
+                    "content": piece,
+                    "special": True,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                }
+            )
         elif not tokenizer.is_byte(i):
             if tokenizer.get_score(i) != -len(ranks):
                 raise UserError(f"{refusal} is not a BPE, or has a piece that BPE did not make ({piece!r})")
@@ -290,12 +286,12 @@ def read_config(path: Path) -> tuple[dict, dict]:
         shape = read_shape(config)
         ModelConfig(**shape)  # raises ValueError for a shape that no model has
         saved = config.get("microstories", {})
+        metadata = {"settings": {}, "step": 0}
+        for name in METADATA:
+            if name in saved:
+                metadata[name] = saved[name]
     except Exception as e:  # what another program wrote can raise anything here
         raise UserError(f"{path}: not a model that can be read ({type(e).__name__}: {e})") from None
-    metadata = {"settings": {}, "step": 0}
-    for name in METADATA:
-        if name in saved:
-            metadata[name] = saved[name]
     return shape, metadata
 
 
