@@ -23,6 +23,7 @@ import tools.export
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from prepare import train_tokenizer
 from sft import add_lora
+from stories.constraints import TEMPLATE
 from stories.generate import stories
 
 transformers = pytest.importorskip("transformers")
@@ -162,22 +163,15 @@ def test_control_tokens_spelt_in_text(their_tokenizer, our_tokenizer):
 
 
 @pytest.mark.parametrize("words", ["铲子,草地", "帽子"])
-def test_the_same_greedy_story(words, theirs, their_tokenizer, tuned, monkeypatch):
+def test_the_same_greedy_story(words, theirs, their_tokenizer, our_tokenizer, tuned):
     """Asked through the chat template, which gives the tokens that sample.py makes."""
-    prompts, generate_text = [], sample.generate_text
-
-    def noted(model, tokenizer, prompt, *args, **options):
-        prompts.append(prompt)
-        return generate_text(model, tokenizer, prompt, *args, **options)
-
-    monkeypatch.setattr(sample, "generate_text", noted)
     done = script_here(sample.main, "sample.py", "--ckpt", tuned, "--words", words, "--temperature", 0, "--num", 1,
                        "--max_new_tokens", 150, "--device", "cpu")  # fmt: skip
     asked = f"  词汇：{words.replace(',', '，')}\n"
     ids = their_tokenizer.apply_chat_template(
         [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
-    assert ids == prompts[0]
+    assert ids == sample.encode_prompt(our_tokenizer, TEMPLATE, asked, "")
     told = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :]
     assert done.stdout == their_tokenizer.decode(told, skip_special_tokens=True) + "\n" and len(done.stdout) > 20
 
