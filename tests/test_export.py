@@ -23,7 +23,7 @@ import tools.export
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from prepare import train_tokenizer
 from sft import add_lora
-from stories.constraints import TEMPLATE
+from stories.constraints import TEMPLATE, encode_prompt
 from stories.generate import stories
 
 transformers = pytest.importorskip("transformers")
@@ -171,7 +171,7 @@ def test_the_same_greedy_story(words, theirs, their_tokenizer, our_tokenizer, tu
     ids = their_tokenizer.apply_chat_template(
         [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
-    assert ids == sample.encode_prompt(our_tokenizer, TEMPLATE, asked, "")
+    assert ids == encode_prompt(our_tokenizer, TEMPLATE, asked, "")
     told = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :]
     assert done.stdout == their_tokenizer.decode(told, skip_special_tokens=True) + "\n" and len(done.stdout) > 20
 

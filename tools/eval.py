@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import sample
-from common.checkpoint import build_model, choose_device, choose_dtype, read_checkpoint
-from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors
+from common.checkpoint import read_checkpoint
+from common.files import Parser, UserError, atomic_write, report_errors
+from common.sampling import add_device_options, add_sampling_options, open_model, sampling_options
 from model import IGNORE
-from sample import add_device_options, add_sampling_options, sampling_options
+from sample import sample_stories
 from sft import PackedSFTDataset, open_examples
 from stories.consistency import consistent
 from stories.constraints import read_constraints
@@ -126,18 +126,6 @@ def reference_bits(model, tokenizer, examples, batch_size: int) -> float:
             characters += len(tokenizer.decode(response))
         nats += model.loss(tokens.to(device), targets.to(device)).item()
     return nats / math.log(2) / characters
-
-
-def open_model(path, device_name, dtype_name):
-    device = choose_device(device_name)
-    checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path).to(device, choose_dtype(dtype_name, device)).eval()
-    return model, load_tokenizer(checkpoint["tokenizer"], f"{path} (tokenizer)"), checkpoint
-
-
-def sample_stories(model, tokenizer, prompts, **options):
-    samples = sample.sample_and_score(model, tokenizer, prompts, **options)
-    return [(story, scores["finished"] == 1) for story, scores in samples]
 
 
 def parse_arguments() -> argparse.Namespace:
