@@ -3,7 +3,8 @@
     python -m tools.check data/demo
     python -m tools.check out/demo              its newest checkpoint
 
-It prints one line: "ok: ...", or "error: ..." with what is damaged and where (exit status 2). It runs no code from it.
+It prints one line: "ok: ...", or "error: ..." with what is damaged and where (exit status 2). It runs no code
+from the file.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from train import open_tokens, read_meta
 
 
 def check(path: Path) -> str:
-    """Returns what the folder or file holds. Raises UserError, or anything that damage raises in what reads it."""
+    """Returns what the folder or file holds. Raises UserError, or what damage raises where it is read."""
     if path.is_dir():
         checkpoints = find_checkpoints(path)
         if not checkpoints:
@@ -131,7 +132,7 @@ def check_weights(path: Path, weights: dict, expected: dict) -> None:
 
 def main() -> None:
     parser = Parser(description="Check a prepared folder or a checkpoint for damage.", allow_abbrev=False)
-    parser.add_argument("path", type=Path, help="a prepared folder, a checkpoint, or a run's folder for its newest")
+    parser.add_argument("path", type=Path, help="a prepared folder, a checkpoint, or a run's folder")
     path = parser.parse_args().path
     try:
         print(f"ok: {check(path)}")

@@ -1,10 +1,10 @@
-"""Does a model follow instructions? Metrics on held-out instructions, for one checkpoint or several side by side.
+"""Does a model follow instructions? Metrics on held-out instructions, for one checkpoint or several.
 
     python -m tools.eval --ckpt out/demo_sft
     python -m tools.eval --ckpt out/demo --ckpt out/demo_sft --data data/demo_sft --json metrics.json
-    python -m tools.eval --ckpt out/demo_sft --best_of 8                          of each eight stories the best
+    python -m tools.eval --ckpt out/demo_sft --best_of 8                       the best of eight stories each
 
-Stories are sampled in batches and scored by the rules of stories/rewards.py; LABELS says what each score counts.
+Stories are sampled in batches and scored by the rules of stories/rewards.py; LABELS says what a score counts.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
         instruction, response = data.example(i)
         examples.append((instruction.tolist(), response.tolist()))
 
-    samples = sample_all(model, tokenizer, [instruction for instruction, _ in examples], args, str(path))
+    instructions = [instruction for instruction, _ in examples]
+    samples = sample_all(model, tokenizer, instructions, args, title=str(path))
 
     stories = []
     scores = []
@@ -73,7 +74,7 @@ def evaluate(path: Path, folder: Path, args: argparse.Namespace) -> tuple[dict[s
 
 
 def sample_all(model, tokenizer, instructions: list[list[int]], args, title: str) -> list[tuple[str, bool]]:
-    """args.best_of stories for each instruction, one after the other, and whether each has reached its end."""
+    """args.best_of stories for each instruction, in order, and whether each has reached its end."""
     options = sampling_options(args)
     # The same for every batch, or the metrics would depend on the batch size.
     options["max_new_tokens"] = model.config.block_size - max(map(len, instructions))
@@ -99,7 +100,7 @@ def best_scored(constraints: dict[str, str] | None, candidates: list[tuple[str, 
 
 
 def score_story(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
-    """The scores of stories/rewards.py, and for a story of the embedded corpus that of stories/consistency.py."""
+    """The scores of stories/rewards.py; for a story of the embedded corpus, of stories/consistency.py too."""
     scores = score(constraints, story)
     same = consistent(story)
     if same is not None:
@@ -130,11 +131,11 @@ def reference_bits(model, tokenizer, examples, batch_size: int) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Measure how well a model follows instructions.", allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, action="append", required=True, help="give it twice to compare two")
+    parser.add_argument("--ckpt", type=Path, action="append", required=True, help="several are compared")
     parser.add_argument("--data", type=Path, help="prepared instructions (default: those of the last --ckpt)")
     parser.add_argument("--num", type=int, default=200, help="held-out instructions")
     parser.add_argument("--batch_size", type=int, default=50, help="stories in a batch")
-    parser.add_argument("--best_of", type=int, default=1, help="stories for each instruction, of which the best counts")
+    parser.add_argument("--best_of", type=int, default=1, help="stories for each; the best counts")
     add_sampling_options(parser)
     add_device_options(parser)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N stories of each")

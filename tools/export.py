@@ -3,8 +3,8 @@
     python -m tools.export --ckpt out/microstories --out_dir hf/microstories
     python -m tools.export --from_hf hf/microstories --out_dir out/back
 
-The folder holds config.json, model.safetensors, the tokenizer with its chat template, generation_config.json and
-a model card; transformers loads it as Qwen3 (with QK-norm) or Llama (without), and computes the same.
+The folder holds config.json, model.safetensors, the tokenizer with its chat template, generation_config.json
+and a model card; transformers loads it as Qwen3 (with QK-norm) or Llama (without), and computes the same.
 docs/export.md says how to load it there.
 """
 
@@ -46,7 +46,15 @@ NAMES = {
 METADATA = ("settings", "step", "template")  # of a checkpoint, in config.json for the way back
 LARGEST = 1 << 20  # of the numbers in SHAPE
 # The metrics that the model card shows, where a run has them.
-METRICS = ["tokens", "loss", "val_loss", "val_perplexity", "val_bits_per_character", "val_accuracy", "val_margin"]
+METRICS = [
+    "tokens",
+    "loss",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_character",
+    "val_accuracy",
+    "val_margin",
+]
 
 
 # ---- To Hugging Face -------------------------------------------------------------------------------
@@ -59,12 +67,13 @@ def export(path: Path, out_dir: Path) -> None:
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{path} (tokenizer)")
+    template = checkpoint.get("template", "")
     weights = {their_name(name): weight for name, weight in model.state_dict().items()}
     files = {
         "config.json": as_json(model_settings(model.config, tokenizer, checkpoint)),
         "generation_config.json": as_json(generation_settings(model.config, tokenizer)),
         "tokenizer.json": as_json(tokenizer_json(tokenizer, path), ensure_ascii=False),  # for people to read
-        "tokenizer_config.json": as_json(tokenizer_settings(model.config, tokenizer, checkpoint.get("template", ""))),
+        "tokenizer_config.json": as_json(tokenizer_settings(model.config, tokenizer, template)),
         "tokenizer.model": checkpoint["tokenizer"],
         "model.safetensors": save(weights, {"format": "pt"}),
         "README.md": model_card(path, checkpoint, model.count_parameters()).encode(),
@@ -129,7 +138,7 @@ def generation_settings(config: ModelConfig, tokenizer) -> dict:
 def tokenizer_json(tokenizer, path: Path) -> dict:
     """A byte-fallback BPE of SentencePiece in the form of the `tokenizers` package.
 
-    SentencePiece joins the neighbours whose union has the best rank; tokenizers joins the pair that is listed first.
+    SentencePiece joins the neighbours whose union has the best rank; tokenizers joins the pair listed first.
     Raises UserError for a tokenizer that this form cannot express.
     """
     refusal = f"{path}: cannot be exported: its tokenizer"
@@ -181,8 +190,8 @@ def tokenizer_json(tokenizer, path: Path) -> dict:
 def last_merge(piece: str, ranks: dict[str, int]) -> list[str] | None:
     """The two pieces that BPE joins last to make this one; None if it never makes it.
 
-    It joins the two neighbours whose union has the best rank, the leftmost of equals. Where a piece arises inside
-    a longer text nothing reached across its ends, so what it was joined from is the same in every text.
+    It joins the two neighbours whose union has the best rank, the leftmost of equals. Where a piece arises
+    inside a longer text nothing reached across its ends, so it is joined from the same two in every text.
     """
     parts = list(piece)
     while len(parts) > 2:
@@ -270,8 +279,9 @@ def bring_back(folder: Path, out_dir: Path) -> None:
     shape, metadata = read_config(folder / "config.json")
     tokenizer_model = (folder / "tokenizer.model").read_bytes()
     n_pieces = load_tokenizer(tokenizer_model, folder / "tokenizer.model").vocab_size()
-    if n_pieces != shape["vocab_size"]:
-        raise UserError(f"{folder}: {n_pieces:,} pieces in tokenizer.model, but vocab_size {shape['vocab_size']:,}")
+    vocab_size = shape["vocab_size"]
+    if n_pieces != vocab_size:
+        raise UserError(f"{folder}: {n_pieces:,} pieces in tokenizer.model, but vocab_size {vocab_size:,}")
     weights = read_weights(folder / "model.safetensors", ModelConfig(**shape))
     state = {"model": weights, "model_config": shape, "tokenizer": tokenizer_model} | metadata
     with new_folder(out_dir) as new, atomic_write(new / f"ckpt_{metadata['step']:06d}.pt") as f:
@@ -279,7 +289,7 @@ def bring_back(folder: Path, out_dir: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[dict, dict]:
-    """The arguments of ModelConfig, and the metadata of the checkpoint that was exported. Raises UserError."""
+    """The arguments of ModelConfig, and metadata of the checkpoint that was exported. Raises UserError."""
     content = path.read_bytes()
     try:
         config = json.loads(content)
@@ -324,7 +334,7 @@ def read_shape(config: dict) -> dict:
 
 
 def read_weights(path: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """All weights of the model by our names, in float32. Raises UserError if they are not those of this shape."""
+    """All weights of the model by our names, in float32. Raises UserError if they are not of this shape."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -372,7 +382,7 @@ def resolve_out_dir(path: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{path}: cannot be made, {parent} is not a folder to write into; choose another --out_dir")
+        raise UserError(f"{path}: {parent} is not a folder to write into; choose another --out_dir")
     return final
 
 
