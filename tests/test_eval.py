@@ -141,7 +141,7 @@ def test_bits_of_the_references(batch_size, tiny_sft, pretrained):
         for i, token in enumerate(response):
             nats -= log_p[len(prompt) - 1 + i, token].item()
         characters += len(tokenizer.decode(response))
-    found = tool.reference_bits(strong(config), tokenizer, examples, batch_size, torch.device("cpu"))
+    found = tool.reference_bits(strong(config), tokenizer, examples, batch_size)
     assert found == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
 
 

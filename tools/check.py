@@ -1,13 +1,13 @@
-"""Check every byte of a prepared folder or a checkpoint, before you trust a file that somebody gave you.
+"""Check a prepared folder or a checkpoint fully, before you trust a file that somebody gave you.
 
     python -m tools.check data/demo
     python -m tools.check out/demo              its newest checkpoint
 
-It prints one line: "ok: ...", or "error: ..." with what is damaged and where (exit status 2). It runs no code from it.
+It prints one line: "ok: ...", or "error: ..." with what is damaged and where (exit status 2). It runs no code
+from the file.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -19,142 +19,128 @@ from common.files import Parser, UserError, load_tokenizer, report_errors
 from model import GPT, ModelConfig
 from sft import add_lora
 from stories.constraints import template_tokens
-from train import LoopSettings, Muon, make_optimizers, open_tokens, read_meta
-
-PIECE = 1 << 24  # tokens of a .bin file that are read at a time
+from train import open_tokens, read_meta
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+def check(path: Path) -> str:
+    """Returns what the folder or file holds. Raises UserError, or what damage raises where it is read."""
+    if path.is_dir():
+        checkpoints = find_checkpoints(path)
+        if not checkpoints:
+            return check_data(path)
+        path = checkpoints[0]
+    return check_checkpoint(path)
 
 
-def check_types(where: Path | str, values, kinds: dict) -> None:
-    """Raise a UserError that names the first entry that is missing or of another type."""
-    for name, kind in kinds.items():
-        fits = isinstance(values, dict) and type(values.get(name)) is kind
-        require(fits, f"{where}: the entry {name!r} is missing or is not of type {kind.__name__}")
+# ---- Prepared data ---------------------------------------------------------------------------------
 
 
-def check_tokenizer(model: bytes, vocab_size: int, template, where: Path | str) -> tuple[int, int | None]:
-    """Does it load and decode its vocab_size pieces? Returns its end token, and the template's response token."""
-    tokenizer = load_tokenizer(model, where)
-    n = tokenizer.vocab_size()
-    require(n == vocab_size, f"{where}: {n:,} pieces in the tokenizer; expected {vocab_size:,}")
-    tokenizer.decode([[i] for i in range(n)])
-    return tokenizer.eos_id(), None if template is None else template_tokens(template, tokenizer)[1][0]
-
-
-def check_tokens(path: Path, meta: dict, response_token: int | None) -> None:
-    """Compare a .bin file with meta.json. With response_token, instructions and responses must alternate."""
-    tokens, end_token = open_tokens(path, meta), meta["end_token"]
-    checksum, marks, stories = hashlib.sha256(), 0, 0
-    for start in range(0, len(tokens), PIECE):
-        part = tokens[start : start + PIECE]
-        for i in np.flatnonzero(part >= meta["vocab_size"])[:1]:
-            raise UserError(f"{path}: token number {start + i:,} is {part[i]}; the vocabulary is {meta['vocab_size']}")
-        checksum.update(part.data)
-        stories += int((part == end_token).sum())
-        if response_token is not None:  # it and the end token must take turns
-            at = np.flatnonzero((part == response_token) | (part == end_token))
-            in_turn = np.where((np.arange(len(at)) + marks) % 2, end_token, response_token)
-            for i in at[part[at] != in_turn][:1]:
-                raise UserError(f"{path}: token number {start + i:,}: instructions and responses do not alternate")
-            marks += len(at)
-    expected = meta[path.stem]
-    require(checksum.hexdigest() == expected["sha256"], f"{path}: its SHA-256 differs from meta.json's")
-    require(tokens[-1] == end_token, f"{path}: the last story has no end token")
-    require(stories == expected["stories"], f"{path}: {stories:,} stories; meta.json says {expected['stories']:,}")
-
-
-def check_folder(folder: Path) -> str:
-    path, (meta, model) = folder / "meta.json", read_meta(folder)
-    check_types(path, meta, {"vocab_size": int, "end_token": int, "tokenizer_sha256": str, "train": dict, "val": dict})
-    for split in (meta["train"], meta["val"]):
-        check_types(path, split, {"stories": int, "tokens": int, "sha256": str})
-    written = meta.pop("checksum", None)  # only older versions of prepare.py wrote one
-    computed = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
-    require(written in (None, computed), f"{path}: its checksum differs")
-    where, same = folder / "tokenizer.model", hashlib.sha256(model).hexdigest() == meta["tokenizer_sha256"]
-    require(same, f"{where}: its SHA-256 differs from meta.json's")
-    end_token, response_token = check_tokenizer(model, meta["vocab_size"], meta.get("template"), where)
-    require(end_token == meta["end_token"], f"{path}: end_token is not that of tokenizer.model")
+def check_data(folder: Path) -> str:
+    meta, tokenizer_model = read_meta(folder)
+    where = folder / "tokenizer.model"
+    if hashlib.sha256(tokenizer_model).hexdigest() != meta["tokenizer_sha256"]:
+        raise UserError(f"{where}: its SHA-256 differs from meta.json's")
+    tokenizer = load_tokenizer(tokenizer_model, where)
+    if (tokenizer.vocab_size(), tokenizer.eos_id()) != (meta["vocab_size"], meta["end_token"]):
+        raise UserError(f"{where}: meta.json has another vocab_size or end_token")
     for split in ("train", "val"):
-        check_tokens(folder / f"{split}.bin", meta, response_token)
-    return f"{folder}: {meta['train']['stories']:,} and {meta['val']['stories']:,} stories, {meta['vocab_size']} pieces"
+        path = folder / f"{split}.bin"
+        tokens = open_tokens(path, meta)
+        check_tokens(path, tokens, meta)
+        if meta.get("template") is not None:
+            check_order(path, tokens, meta["template"], tokenizer)
+    stories = f"{meta['train']['stories']:,} and {meta['val']['stories']:,} stories"
+    return f"{folder}: {stories}, {meta['vocab_size']} pieces"
 
 
-def check_archive(path: Path) -> None:
-    """Compare every entry of the file with its CRC, before PyTorch reads it."""
-    with ZipFile(path) as archive:
-        entries = archive.infolist()
-        require(not any(entry.compress_type for entry in entries), f"{path}: compressed entries: could fill the memory")
-        fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
-        require(fits, f"{path}: overlapping entries: could fill the memory")
-        damaged = archive.testzip()
-        require(damaged is None, f"{path}: wrong CRC of its entry {damaged}")
+def check_tokens(path: Path, tokens: np.ndarray, meta: dict) -> None:
+    """Compare the tokens of a .bin file with meta.json."""
+    if tokens.max() >= meta["vocab_size"]:
+        i = int(np.argmax(tokens >= meta["vocab_size"]))  # the first
+        raise UserError(f"{path}: token number {i:,} is {tokens[i]}; the vocabulary is {meta['vocab_size']}")
+    if hashlib.sha256(tokens.data).hexdigest() != meta[path.stem]["sha256"]:
+        raise UserError(f"{path}: its SHA-256 differs from meta.json's")
 
 
-def check_tensor(where: str, value, shape: tuple[int, ...]) -> None:
-    fits = value.dtype == torch.float32 and value.shape == shape
-    require(fits, f"{where} is not a float32 tensor of {tuple(shape)}")
-    require(bool(value.isfinite().all()), f"{where} holds a number that is not finite")
+def check_order(path: Path, tokens: np.ndarray, template: str, tokenizer) -> None:
+    """The token before a response and the end token must take turns."""
+    _, (response_token,) = template_tokens(template, tokenizer)
+    marks = tokens[(tokens == response_token) | (tokens == tokenizer.eos_id())]
+    if (marks[0::2] != response_token).any() or (marks[1::2] == response_token).any():
+        raise UserError(f"{path}: instructions and responses do not alternate")
 
 
-def check_optimizers(path: Path, checkpoint: dict, model: GPT) -> None:
-    """Compare the moments with the parameters of `model`."""
-    check_types(path, checkpoint, {"optimizers": list, "scaler": dict})
-    settings = LoopSettings(optimizer=checkpoint["settings"]["optimizer"])
-    optimizers = make_optimizers(model, settings, torch.float32)
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        kind = type(optimizer).__name__
-        names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if saved["state"] else ()):  # float16 may have skipped all steps so far
-            moments = saved["state"].get(i, {})
-            require(moments.keys() == names, f"{path}: {kind} lacks a moment of parameter {i}")
-            for name in names:
-                where, shape = f"{path}: {name} of {kind}'s parameter {i}", () if name == "step" else p.shape
-                check_tensor(where, moments[name], shape)
+# ---- Checkpoints -----------------------------------------------------------------------------------
 
 
 def check_checkpoint(path: Path) -> str:
     check_archive(path)
     checkpoint = read_checkpoint(path)
-    check_types(path, checkpoint, {"model_config": dict, "settings": dict, "tokenizer": bytes, "step": int})
-    for name, value in checkpoint["settings"].items():
-        require(type(value) in (bool, int, float, str), f"{path}: the setting {name!r} is not text or a number")
-    weights, config = checkpoint["model"], checkpoint["model_config"]
-    stored = sum(weight.nbytes for weight in weights.values()) <= path.stat().st_size
-    require(stored, f"{path}: its weights share what they store: loaded, they could fill the memory")
-    n_layer = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    # Before a model is made: a claim of a billion layers would take for ever.
-    require(config.get("n_layer") == n_layer, f"{path}: model_config has {config.get('n_layer')} layers, not {n_layer}")
-    with torch.device("meta"):  # shapes without memory, whatever the file claims
+    template = checkpoint.get("template", "")
+    for name, value in {**checkpoint["settings"], "template": template}.items():
+        if not isinstance(value, str | int | float):  # nested lists can be endless
+            raise UserError(f"{path}: the entry {name!r} is not text or a number")
+    model = model_without_weights(path, checkpoint)
+    check_weights(path, checkpoint["model"], model.state_dict())
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], f"{path} (tokenizer)")
+    if tokenizer.vocab_size() != model.config.vocab_size:
+        both = f"{tokenizer.vocab_size():,} pieces, the model {model.config.vocab_size:,}"
+        raise UserError(f"{path}: the tokenizer has {both}")
+    if template:
+        template_tokens(template, tokenizer)  # raises UserError
+    return f"{path}: step {checkpoint['step']:,}, {model.count_parameters():,} parameters"
+
+
+def check_archive(path: Path) -> None:
+    """Compare every entry of the file with its CRC, before PyTorch reads it."""
+    with ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:  # compressed, or overlapping
+            raise UserError(f"{path}: its entries are larger than the file: they could fill the memory")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path}: wrong CRC of its entry {damaged}")
+
+
+def model_without_weights(path: Path, checkpoint: dict) -> GPT:
+    """The model that a checkpoint describes, on the device "meta": shapes without memory."""
+    config = checkpoint["model_config"]
+    layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
+    if len(layers) != config["n_layer"]:  # a claim of a billion layers would take for ever
+        raise UserError(f"{path}: model_config has {config['n_layer']} layers, not {len(layers)}")
+    with torch.device("meta"):
         model = GPT(ModelConfig(**config))
         if "lora" in checkpoint:
-            add_lora(model, checkpoint["lora"]["rank"], checkpoint["lora"]["alpha"])
-    for name in weights.keys() ^ model.state_dict().keys():
-        raise UserError(f"{path}: the weight {name} is missing, or not one of this model")
-    for name, weight in model.state_dict().items():
-        check_tensor(f"{path}: the weight {name}", weights[name], weight.shape)
-    check_tokenizer(checkpoint["tokenizer"], config["vocab_size"], checkpoint.get("template"), f"{path} (tokenizer)")
-    if "optimizers" in checkpoint:  # an exported or merged model has none
-        check_optimizers(path, checkpoint, model)
-    return f"{path}: step {checkpoint['step']:,}, {model.count_parameters():,} parameters"
+            add_lora(model, **checkpoint["lora"])
+    return model
+
+
+def check_weights(path: Path, weights: dict, expected: dict) -> None:
+    """Compare names, types and shapes with those of a model; all numbers must be finite."""
+    if sum(weight.nbytes for weight in weights.values()) > path.stat().st_size:
+        raise UserError(f"{path}: its weights share what they store: loaded, they could fill the memory")
+    different = weights.keys() ^ expected.keys()
+    if different:
+        raise UserError(f"{path}: the weight {min(different)} is missing, or not one of this model")
+    for name, weight in weights.items():
+        where = f"{path}: the weight {name}"
+        if weight.dtype != torch.float32 or weight.shape != expected[name].shape:
+            raise UserError(f"{where} is not a float32 tensor of {tuple(expected[name].shape)}")
+        if not weight.isfinite().all():
+            raise UserError(f"{where} holds a number that is not finite")
 
 
 def main() -> None:
     parser = Parser(description="Check a prepared folder or a checkpoint for damage.", allow_abbrev=False)
-    parser.add_argument("path", type=Path, help="a prepared folder, a checkpoint, or a run's folder for its newest")
+    parser.add_argument("path", type=Path, help="a prepared folder, a checkpoint, or a run's folder")
     path = parser.parse_args().path
-    checkpoints = find_checkpoints(path) if path.is_dir() else [path]
     try:
-        print(f"ok: {check_checkpoint(checkpoints[0]) if checkpoints else check_folder(path)}")
+        print(f"ok: {check(path)}")
+    except (UserError, OSError, MemoryError):
+        raise
     except Exception as e:  # a damaged file can raise anything in what reads it
-        if isinstance(e, UserError | OSError | MemoryError):
-            raise
-        raise UserError(f"{path}: damaged ({type(e).__name__}: {(str(e) or 'no reason').splitlines()[0]})") from None
+        reason = str(e).split("\n")[0]
+        raise UserError(f"{path}: damaged ({type(e).__name__}: {reason})") from None
 
 
 if __name__ == "__main__":
