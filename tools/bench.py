@@ -284,6 +284,8 @@ def build_model(name: str, vocab_size: int):
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return transformers.GPT2LMHeadModel(gpt2)
 
