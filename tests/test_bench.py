@@ -62,30 +62,35 @@ def test_implementations_take_turns(tmp_path, capsys):
         "large": too_large,
         "fast": functools.partial(waiting, 0.01, log),
     }
-    results = bench.benchmark(implementations, rounds=3)
+    seconds, peaks = bench.benchmark(implementations, rounds=3)
     printed = capsys.readouterr().out
-    assert list(results) == ["slow", "fast"]
+    assert list(seconds) == list(peaks) == ["slow", "fast"]
     assert "nowhere" in printed and "large: MemoryError" in printed
-    assert results["slow"].seconds >= 0.2 > results["fast"].seconds >= 0.01
-    assert results["fast"].peak_memory > 1e6
+    assert seconds["slow"] >= 0.2 > seconds["fast"] >= 0.01
+    assert peaks["fast"] > 1e6
     assert (tmp_path / "log").read_text().split() == ["0.2", "0.01"] * 4  # once to warm up, then in turn
+
+
+def test_ours_must_run():
+    with pytest.raises(MemoryError):
+        bench.benchmark({"this": too_large}, rounds=1)
 
 
 def test_ratios_are_to_the_best_baseline(capsys):
     values = {"this": 30.0, "this, --compile": 60.0, "transformers": 20.0, "slow": 10.0}
-    rows = [(row["baseline"], row["ratio"]) for row in bench.compare("speed", "tokens a second", values)]
-    assert rows == [("transformers", 1.5), ("transformers", 3.0), ("", None), ("", None)]
+    rows = [(row.get("baseline"), row.get("ratio")) for row in bench.compare("speed", "tokens a second", values)]
+    assert rows == [("transformers", 1.5), ("transformers", 3.0), (None, None), (None, None)]
     assert "1.50x transformers" in capsys.readouterr().out
-    assert bench.compare("memory", "GiB", values)[0]["baseline"] == "slow"
-    assert bench.compare("speed", "tokens a second", {"this": 30.0})[0]["ratio"] is None
+    assert bench.compare("memory", "GiB", values, best=min)[0]["baseline"] == "slow"
+    assert "ratio" not in bench.compare("speed", "tokens a second", {"this": 30.0})[0]
 
 
 def test_rows_are_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench.PARTS, "train", lambda rounds: [bench.print_row("a", rounds, "unit")])
+    monkeypatch.setitem(bench.PARTS, "train", lambda rounds: bench.compare("a", "unit", {"this": rounds}))
     done = script_here(bench.main, "bench", "train", "--rounds", "2", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows == [{"name": "a", "value": 2, "unit": "unit", "baseline": "", "ratio": None}]
+    assert rows == [{"name": "a, this", "value": 2, "unit": "unit"}]
 
 
 def test_mistakes():

@@ -26,7 +26,7 @@ def test_a_report(pretrained, tuned, times, tmp_path):
     done = report(pretrained.parent, tuned, "--times", times, "--words", "太阳", "--out", out)
     assert done.returncode == 0, done.stderr
     text = out.read_text(encoding="utf-8")
-    for part in ("## Hardware", "| torch | ", "| pretrain | 1 min 1 s |", "| fine-tune | 1 min 10 s |", "词汇：太阳"):
+    for part in ("## Hardware", "| PyTorch | ", "| pretrain | 1 min 1 s |", "| fine-tune | 1 min 10 s |", "词汇：太阳"):
         assert part in text, part
     assert "| all | 2 min 11 s |" in text
     assert "## Evaluation" not in text  # no run has an eval.json
@@ -58,7 +58,7 @@ def test_reports_that_cannot_be(pretrained, tmp_path):
     out = tmp_path / "report.md"
     assert_one_line_error(report(tmp_path, "--out", out), tmp_path, "metrics.jsonl")
     (tmp_path / "metrics.jsonl").touch()
-    assert_one_line_error(report(tmp_path, "--out", out), tmp_path, "no line")
+    assert_one_line_error(report(tmp_path, "--out", out), tmp_path, "no loss")
     (tmp_path / "times.tsv").write_text("pretrain\t1\npretrain 2\n")
     done = report(pretrained.parent, "--times", tmp_path / "times.tsv", "--out", out)
     assert_one_line_error(done, "times.tsv:2")

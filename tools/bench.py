@@ -4,8 +4,8 @@
     python -m tools.bench train decode             parts of it: train, memory, decode
     python -m tools.bench --json bench.json
 
-Each implementation is a process of its own. They take turns, so that a slow minute of the hardware affects all of
-them, and the median of each counts. A baseline that is not installed, or finds no memory, is left out.
+Each implementation is a process of its own. They take turns, so that a slow minute of the hardware affects
+all of them, and the median of each counts. A baseline that is not installed, or finds no memory, is left out.
 """
 
 import functools
@@ -15,8 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,32 +42,33 @@ def bench_train(rounds: int) -> list[dict]:
     dtype = choose_dtype("auto", device, show=True)  # each implementation makes the same choice
     rows = []
     for vocab_size in (SMALL_VOCABULARY, LARGE_VOCABULARY):
-        implementations = {}
+        implementations: dict[str, Callable] = {}
         for name in ("this", "transformers", "transformers' GPT-2"):
             implementations[name] = functools.partial(prepare_training, name, vocab_size, batch_size)
-        speeds = {}
-        for name, measured in benchmark(implementations, rounds).items():
-            speeds[name] = batch_size * LENGTH / measured.seconds
+        seconds, _ = benchmark(implementations, rounds)
+        speeds = {name: batch_size * LENGTH / seconds[name] for name in seconds}
         rows += compare(f"training, vocabulary {vocab_size:,}", "tokens a second", speeds)
         if vocab_size == SMALL_VOCABULARY:
             product_rates = [matmul_flops(device, dtype) for _ in range(5)]
             product_rate = max(product_rates)  # a busy moment only makes it lower
             flops_per_token = build_model("this", vocab_size).flops_per_token(LENGTH)
             share = speeds["this"] * flops_per_token / product_rate
-            rows.append(print_row("matrix products", product_rate / 1e12, "TFLOP/s, measured"))
-            rows.append(print_row("share of it in training, this", share, ""))
+            rows += compare("matrix products", "TFLOP/s, measured", {"this": product_rate / 1e12})
+            rows += compare("share of it in training", "", {"this": share})
     return rows
 
 
 def bench_memory(rounds: int) -> list[dict]:
     """Peak memory of training with a large vocabulary. One after the other: two at once might not fit."""
     batch_size = 32
-    peaks = {}
+    gigabytes: dict[str, float] = {}
     for name in ("this", "transformers"):
         prepare = functools.partial(prepare_training, name, LARGE_VOCABULARY, batch_size)
-        for measured in benchmark({name: prepare}, rounds=1).values():
-            peaks[name] = measured.peak_memory / 2**30
-    return compare(f"peak memory, vocabulary {LARGE_VOCABULARY:,}, batch 32 x {LENGTH}", "GiB", peaks)
+        _, peaks = benchmark({name: prepare}, rounds=1)
+        if name in peaks:
+            gigabytes[name] = peaks[name] / 2**30
+    title = f"peak memory, vocabulary {LARGE_VOCABULARY:,}, batch {batch_size} x {LENGTH}"
+    return compare(title, "GiB", gigabytes, best=min)
 
 
 def bench_decode(rounds: int) -> list[dict]:
@@ -76,15 +76,14 @@ def bench_decode(rounds: int) -> list[dict]:
     rows = []
     for batch_size, temperature in ((1, 0.0), (1, 0.8), (16, 0.8), (64, 0.8)):
         for dtype in (torch.float32, torch.bfloat16):
-            options = {"batch_size": batch_size, "temperature": temperature, "dtype": dtype}
-            implementations = {
-                "this": functools.partial(prepare_generation, "this", **options),
-                "this, --compile": functools.partial(prepare_generation, "this", compile=True, **options),
-                "transformers": functools.partial(prepare_generation, "transformers", **options),
+            kind = (batch_size, temperature, dtype)
+            implementations: dict[str, Callable] = {
+                "this": functools.partial(prepare_generation, "this", kind),
+                "this, --compile": functools.partial(prepare_generation, "this", kind, compile=True),
+                "transformers": functools.partial(prepare_generation, "transformers", kind),
             }
-            speeds = {}
-            for name, measured in benchmark(implementations, rounds).items():
-                speeds[name] = batch_size * NEW_TOKENS / measured.seconds
+            seconds, _ = benchmark(implementations, rounds)
+            speeds = {name: batch_size * NEW_TOKENS / seconds[name] for name in seconds}
             title = f"generation, batch {batch_size}, temperature {temperature}, {dtype}"
             rows += compare(title, "tokens a second", speeds)
     return rows
@@ -93,64 +92,55 @@ def bench_decode(rounds: int) -> list[dict]:
 # ---- Measuring -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Measured:
-    seconds: float  # the median of the rounds
-    peak_memory: int  # bytes
+def benchmark(implementations: dict[str, Callable], rounds: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Run each implementation once in each round, in turn.
 
-
-def benchmark(implementations: dict[str, Callable], rounds: int) -> dict[str, Measured]:
-    """Run each implementation once in each round, in turn. {name: function that returns what is to be timed}."""
+    implementations: for each name a function that prepares it and returns the function to be timed.
+    Returns for each name its seconds, the median of the rounds, and its peak memory in bytes.
+    """
     context = multiprocessing.get_context("spawn")
-    processes = {}
-    pipes = {}
+    workers = {}
     for name, prepare in tqdm(implementations.items(), desc="preparing", leave=False, disable=None):
-        pipe, other_end = context.Pipe()
-        process = context.Process(target=run_implementation, args=(prepare, other_end), daemon=True)
-        process.start()
-        other_end.close()
+        worker = ProcessPoolExecutor(max_workers=1, mp_context=context)
         try:
-            problem = pipe.recv()
-        except EOFError:
-            problem = "ended by the system, probably for its memory"
-        if not problem:
-            processes[name] = process
-            pipes[name] = pipe
-        elif is_ours(name):
-            raise UserError(f"{name}: {problem}")
-        else:
-            tqdm.write(f"{name}: {problem}; left out")
+            worker.submit(start, prepare).result()
+            workers[name] = worker
+        except (ImportError, MemoryError, RuntimeError) as e:  # no memory is a RuntimeError in PyTorch
+            worker.shutdown()
+            if is_ours(name):
+                raise
+            tqdm.write(f"{name}: {type(e).__name__} {e}; left out")
 
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    times: dict[str, list[float]] = {name: [] for name in workers}
     for _ in tqdm(range(rounds), desc="measuring", unit="round", leave=False, disable=None):
-        for name, pipe in pipes.items():
-            pipe.send("run")
-            seconds[name].append(pipe.recv())
+        for name, worker in workers.items():
+            times[name].append(worker.submit(timed_run).result())
 
-    results = {}
-    for name, pipe in pipes.items():
-        pipe.send("end")
-        results[name] = Measured(statistics.median(seconds[name]), pipe.recv())
-        processes[name].join()
-    return results
+    seconds = {}
+    peaks = {}
+    for name, worker in workers.items():
+        seconds[name] = statistics.median(times[name])
+        peaks[name] = worker.submit(peak_memory).result()
+        worker.shutdown()
+    return seconds, peaks
 
 
-def run_implementation(prepare: Callable, pipe: Connection) -> None:
-    """The process of one implementation. Sends its problem or "", then seconds for each "run", at last its memory."""
+prepared: Callable  # what is timed; each process has its own
+
+
+def start(prepare: Callable) -> None:
+    """Prepare an implementation in its process and run it once, which compiles it and fills caches."""
+    global prepared
     torch.manual_seed(1)
-    try:
-        function = prepare()
-        function()  # compiles, fills caches
-    except (ImportError, RuntimeError, MemoryError) as e:  # PyTorch's error of no memory is a RuntimeError
-        reason = str(e).partition("\n")[0]
-        pipe.send(f"{type(e).__name__} {reason}")
-        return
-    pipe.send("")
-    while pipe.recv() == "run":
-        start = time.perf_counter()
-        function()
-        pipe.send(time.perf_counter() - start)
-    pipe.send(peak_memory())
+    prepared = prepare()
+    prepared()
+
+
+def timed_run() -> float:
+    """Seconds that the implementation of this process takes."""
+    begin = time.perf_counter()
+    prepared()
+    return time.perf_counter() - begin
 
 
 def peak_memory() -> int:
@@ -171,31 +161,29 @@ def is_ours(name: str) -> bool:
     return name.startswith("this")
 
 
-def compare(name: str, unit: str, values: dict[str, float]) -> list[dict]:
-    """A row for each implementation. Ours are compared with the best baseline, if one was measured."""
-    baselines = {other: value for other, value in values.items() if not is_ours(other)}
-    best = None
-    if baselines and unit == "GiB":
-        best = min(baselines, key=baselines.__getitem__)
-    elif baselines:
-        best = max(baselines, key=baselines.__getitem__)
+def compare(title: str, unit: str, values: dict[str, float], best=max) -> list[dict]:
+    """A row for each implementation. Ours have their ratio to the best baseline, if one was measured."""
+    baselines = [name for name in values if not is_ours(name)]
     rows = []
-    for implementation, value in values.items():
-        if best and is_ours(implementation):
-            rows.append(print_row(f"{name}, {implementation}", value, unit, best, value / baselines[best]))
-        else:
-            rows.append(print_row(f"{name}, {implementation}", value, unit))
+    for name, value in values.items():
+        row = {"name": f"{title}, {name}", "value": value, "unit": unit}
+        if baselines and is_ours(name):
+            baseline = best(baselines, key=values.__getitem__)
+            row["baseline"] = baseline
+            row["ratio"] = value / values[baseline]
+        print_row(row)
+        rows.append(row)
     return rows
 
 
-def print_row(name: str, value: float, unit: str, baseline: str = "", ratio: float | None = None) -> dict:
-    """Print a line of the table. Returns it as --json has it."""
-    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    line = f"{name:64}{number:>12} {unit:24}"
-    if baseline:
-        line += f"  {ratio:.2f}x {baseline}"
+def print_row(row: dict) -> None:
+    number = f"{row['value']:.3g}"
+    if row["value"] >= 100:
+        number = f"{row['value']:,.0f}"
+    line = f"{row['name']:64}{number:>12} {row['unit']:24}"
+    if "ratio" in row:
+        line += f"  {row['ratio']:.2f}x {row['baseline']}"
     tqdm.write(line)
-    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
 
 
 # ---- The implementations ---------------------------------------------------------------------------
@@ -221,17 +209,19 @@ def prepare_training(name: str, vocab_size: int, batch_size: int) -> Callable:
     return step
 
 
-def prepare_generation(
-    name: str, batch_size: int, temperature: float, dtype: torch.dtype, compile: bool = False
-) -> Callable:
-    """A function that continues random prompts by NEW_TOKENS tokens, with a KV cache."""
+def prepare_generation(name: str, kind: tuple[int, float, torch.dtype], compile: bool = False) -> Callable:
+    """A function that continues random prompts by NEW_TOKENS tokens, with a KV cache.
+
+    kind: how many prompts, the temperature, the type of the weights.
+    """
+    batch_size, temperature, dtype = kind
     device = choose_device("auto")
     model = build_model(name, SMALL_VOCABULARY).to(device, dtype).eval()
     prompts = torch.randint(1, SMALL_VOCABULARY - 1, (batch_size, PROMPT_TOKENS), device=device)  # (B, T)
 
     def continue_with_ours() -> None:
         no_end = -1  # no token: none of the sequences ends early
-        options = {"temperature": temperature, "top_k": 50, "top_p": 1.0, "compile": compile}
+        options: dict = {"temperature": temperature, "top_k": 50, "top_p": 1.0, "compile": compile}
         for _ in generate(model, prompts.tolist(), NEW_TOKENS, no_end, **options):
             pass
 

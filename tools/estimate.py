@@ -3,8 +3,8 @@
     python -m tools.estimate config/microstories.py
     python -m tools.estimate config/microstories.py config/microstories_sft.py --gpu 4090
 
-The speed of a GPU is that of its data sheet: dense bfloat16 products with float32 accumulation. What share of it a
-training reaches is not known before it runs, so the time is given for 35% and for 45%.
+The speed of a GPU is that of its data sheet: dense bfloat16 products with float32 accumulation. What share of
+it a training reaches is not known before it runs, so the time is given for 35% and for 45%.
 """
 
 import json
@@ -37,9 +37,7 @@ class Estimate:
 
 def print_estimates(configs: list[Path], gpu: str, vocab_size: int, sequences: int) -> None:
     """A table with a row for each config. Raises UserError."""
-    print(
-        f"{gpu}: {TFLOPS[gpu]} TFLOP/s in bfloat16, {GIGABYTES[gpu]} GB. Estimated by counting, not measured."
-    )
+    print(f"{gpu}: {TFLOPS[gpu]} TFLOP/s in bfloat16, {GIGABYTES[gpu]} GB. Estimated, not measured.")
     titles = (
         "parameters",
         "tokens/step",
@@ -128,40 +126,36 @@ def shape_of(config: Path) -> Settings:
 
 
 def estimate_memory(model: GPT, s, number_size: int = 2) -> int:
-    """Bytes of GPU memory of a training, which computes in numbers of number_size bytes; by default bfloat16.
+    """Bytes of GPU memory of a training that computes in numbers of number_size bytes; by default bfloat16.
 
-    Weights, gradients and the optimizer's moments are float32. Activations are what a micro-batch stores for its
-    backward pass.
+    Weights, gradients and the optimizer's moments are float32. Activations are what a micro-batch stores for
+    its backward pass.
     """
     c = model.config
-    matrices = 0  # parameters that Muon updates
-    trainable = 0
-    for p in model.parameters():
-        if p.requires_grad:
-            trainable += p.numel()
-    if s.optimizer == "muon":
-        for p in model.blocks.parameters():
-            if p.requires_grad and p.dim() == 2:
-                matrices += p.numel()
+    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 4 * model.count_parameters()
-    gradients = 4 * trainable
-    moments = 8 * trainable - 4 * matrices  # AdamW has two of each parameter, Muon one
+    gradients = 4 * n_trainable
+    moments = 8 * n_trainable  # AdamW has two for each parameter
+    if s.optimizer == "muon":  # it has one for each parameter of the blocks' matrices
+        matrices = [p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2]
+        moments -= 4 * sum(p.numel() for p in matrices)
 
     tokens = s.batch_size * s.block_size
     if isinstance(s, DpoSettings):
         tokens *= 2
-    # For each token a layer stores its input and the sum after attention in float32, both after their norm, queries,
-    # keys and values before and after the rotation, and three tensors inside SwiGLU.
+    # For each token a layer stores its input and the sum after attention in float32, both after their norm,
+    # queries, keys and values before and after the rotation, and three tensors inside SwiGLU.
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
     numbers = 2 * c.n_embd + 2 * heads + 3 * c.intermediate_size
     activations = tokens * c.n_layer * (8 * c.n_embd + number_size * numbers)
 
-    # GPT.loss has the logits of one chunk at a time, and the gradient of the output matrix twice. DPO has all logits.
-    per_token = c.vocab_size * (8 + number_size)
+    # GPT.loss has the logits of one chunk at a time, and two float32 gradients of the output matrix.
+    # DPO has all logits.
+    logits_per_token = c.vocab_size * (8 + number_size)
     if isinstance(s, DpoSettings):
-        logits = tokens * per_token
+        logits = tokens * logits_per_token
     else:
-        logits = LOGITS_PER_CHUNK["cuda"] * per_token + 8 * c.vocab_size * c.n_embd
+        logits = LOGITS_PER_CHUNK["cuda"] * logits_per_token + 8 * c.vocab_size * c.n_embd
     return weights + gradients + moments + activations + logits
 
 

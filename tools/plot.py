@@ -53,8 +53,8 @@ def plot(runs: list[Path], out: Path, x: str = "step", smooth: float = 0.04) -> 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl. Raises UserError.
 
-    A last line that is still being written is left out, and so is a value of null: the gradient norm of a step that
-    overflowed in float16.
+    A last line that is still being written is left out, and so is a value of null: the gradient norm of a step
+    that overflowed in float16.
     """
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def panels_of(metrics: dict[Path, list[dict]]) -> list[str]:
     """The metrics that a run has. Raises UserError if a run has none."""
-    found = set()
+    found: set[str] = set()
     for run, lines in metrics.items():
         if not lines:
             raise UserError(f"{run}: its metrics.jsonl holds no line yet; wait for the first")
@@ -113,7 +113,7 @@ def points_of(lines: list[dict], x: str, metric: str) -> tuple[list[float], list
 
 
 def smoothed(values: list[float], reach: int) -> list[float]:
-    """Each value's mean with up to `reach` neighbours on either side; near an end with fewer, equally many."""
+    """Each value's mean with up to `reach` neighbours on either side, as many on the left as on the right."""
     means = []
     for i in range(len(values)):
         side = min(reach, i, len(values) - 1 - i)
@@ -151,12 +151,8 @@ def main() -> None:
     parser = Parser(description="Plot the curves of runs.", allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", metavar="OUT_DIR", help="the folder of a run")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="what stands on the x axis")
-    parser.add_argument(
-        "--smooth", type=float, default=0.04, help="share of a run on either side to average; 0: none"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="a .png or .svg file (default: curves.png in the first run's folder)"
-    )
+    parser.add_argument("--smooth", type=float, default=0.04, help="share of a run to average on either side")
+    parser.add_argument("--out", type=Path, help="a .png or .svg file; default: curves.png in the first run")
     args = parser.parse_args()
     if not 0 <= args.smooth <= 1:
         raise UserError(f"--smooth {args.smooth}: must lie between 0 and 1")

@@ -1,13 +1,13 @@
 """A report of a pipeline in Markdown: hardware, times, losses, speed, memory, curves, evaluation, stories.
 
-    python -m tools.report out/microstories out/microstories_sft out/microstories_dpo --out out/report.md
-    python -m tools.report out/demo out/demo_sft --times out/demo.times.tsv --out out/report.md
+    python -m tools.report out/demo out/demo_sft --out out/report.md
+    python -m tools.report out/demo out/demo_sft --out out/report.md --times out/demo.times.tsv
 
-Each argument is the folder of a run, in the order of the stages. A file eval.json in it, from `python -m tools.eval
---json`, is shown too; the curves only if matplotlib is installed.
+Each argument is the folder of a run, in the order of the stages. A file eval.json in it, from `python -m
+tools.eval --json`, is shown too; the curves only if matplotlib is installed.
 """
 
-import importlib.metadata
+import collections
 import importlib.util
 import json
 import os
@@ -50,36 +50,37 @@ def write_report(runs: list[Path], times: Path | None, words: str, out: Path) ->
 
 def training_table(runs: list[Path]) -> str:
     titles = ["run", "steps", "tokens", "first loss", "last loss", "validation loss", "bits a character"]
-    titles += ["tokens/s (median)", "peak memory"]
-    rows = [training_row(run) for run in runs]
-    return table(titles, rows)
+    titles += ["tokens/s (median)", "GPU memory"]
+    return table(titles, [training_row(run) for run in runs])
 
 
 def training_row(run: Path) -> list[str]:
     """Steps, tokens, losses, speed and memory of a run. Raises UserError."""
     if not (run / "metrics.jsonl").exists():
         raise UserError(f"{run}: no run here (metrics.jsonl is missing)")
-    lines = read_metrics(run / "metrics.jsonl")
-    if not lines:
-        raise UserError(f"{run / 'metrics.jsonl'}: holds no line yet; wait for the first")
-    # Not every line has every metric: of each its values in order.
-    values: dict[str, list] = {}
-    for line in lines:
+    values = collections.defaultdict(list)  # of each metric; not every line has every one
+    for line in read_metrics(run / "metrics.jsonl"):
         for name, value in line.items():
-            values.setdefault(name, []).append(value)
-    row = [run.name, f"{lines[-1]['step']:,}", f"{lines[-1]['tokens']:,}"]
-    row += [f"{values['loss'][0]:.3f}", f"{values['loss'][-1]:.3f}"]
-    for name in ("val_loss", "val_bits_per_character"):
-        if name in values:
-            row.append(f"{values[name][-1]:.3f}")
-        else:
-            row.append("")
-    row.append(f"{statistics.median(values['tokens_per_second']):,.0f}")
-    if "peak_memory" in values:  # only on a GPU
-        row.append(f"{max(values['peak_memory']) / 2**30:.2f} GiB")
-    else:
-        row.append("")
-    return row
+            values[name].append(value)
+    if not values["loss"]:
+        raise UserError(f"{run / 'metrics.jsonl'}: has no loss yet; wait for the first")
+    return [
+        run.name,
+        f"{values['step'][-1]:,}",
+        f"{values['tokens'][-1]:,}",
+        f"{values['loss'][0]:.3f}",
+        last(values["loss"]),
+        last(values["val_loss"]),
+        last(values["val_bits_per_character"]),
+        f"{statistics.median(values['tokens_per_second']):,.0f}",
+        f"{max(values['peak_memory'], default=0) / 2**30:.2f} GiB",  # 0 on a CPU
+    ]
+
+
+def last(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{values[-1]:.3f}"
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -90,14 +91,13 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def hardware_table() -> str:
-    """The hardware and the versions of the packages here."""
+    """The hardware and the versions here."""
     rows = [["CPU", f"{processor()}, {os.cpu_count()} cores"]]
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         rows.append(["GPU", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"])
     rows.append(["Python", platform.python_version()])
-    for package in ("torch", "numpy", "sentencepiece"):
-        rows.append([package, importlib.metadata.version(package)])
+    rows.append(["PyTorch", torch.__version__])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if commit.returncode == 0:
         rows.append(["commit", commit.stdout.strip()])
@@ -115,7 +115,7 @@ def processor() -> str:
 
 
 def time_table(path: Path) -> str:
-    """Each line of the file: a stage, a tab, seconds. A resumed stage has several lines, which are added up."""
+    """Each line of the file: a stage, a tab, seconds. Those of a resumed stage are added up."""
     seconds: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         stage, _, value = line.partition("\t")
@@ -159,7 +159,7 @@ def stories_of(run: Path, words: str) -> str:
 
 def main() -> None:
     parser = Parser(description="Write a report of a pipeline.", allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, in the order of the stages")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders, in the order of the stages")
     parser.add_argument("--times", type=Path, help="a file of lines: a stage, a tab, its seconds")
     parser.add_argument("--words", default="帽子，消防员", help="what the sample stories must have")
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
