@@ -58,7 +58,7 @@ python prepare.py "$out/stories.jsonl" --out_dir "$out/data" --val_fraction 0.05
 python prepare.py "$out/stories.jsonl" --out_dir "$out/data_sft" --val_fraction 0.05 \
     --task sft --tokenizer "$out/data/tokenizer.model"
 
-check "CUDA tests" python -m pytest -q tests/test_cuda.py
+check "CUDA tests" python -m pytest tests/test_cuda.py
 
 pretrain=(python train.py config/microstories.py "--data_dir=$out/data" "${common[@]}" "${model[@]}")
 check "speed, compiled" "${pretrain[@]}" "${speed[@]}" "--out_dir=$out/compiled"

@@ -39,12 +39,12 @@ def bench_train(rounds: int) -> list[dict]:
     """Steps of training, and the share of the measured speed of matrix products that ours reaches."""
     batch_size = 8
     device = choose_device("auto")
-    dtype = choose_dtype("auto", device, show=True)  # each implementation makes the same choice
+    dtype = choose_dtype("auto", device, show=True)  # one choice for all implementations
     rows = []
     for vocab_size in (SMALL_VOCABULARY, LARGE_VOCABULARY):
         implementations: dict[str, Callable] = {}
         for name in ("this", "transformers", "transformers' GPT-2"):
-            implementations[name] = functools.partial(prepare_training, name, vocab_size, batch_size)
+            implementations[name] = functools.partial(prepare_training, name, vocab_size, batch_size, dtype)
         seconds, _ = benchmark(implementations, rounds)
         speeds = {name: batch_size * LENGTH / seconds[name] for name in seconds}
         rows += compare(f"training, vocabulary {vocab_size:,}", "tokens a second", speeds)
@@ -61,9 +61,10 @@ def bench_train(rounds: int) -> list[dict]:
 def bench_memory(rounds: int) -> list[dict]:
     """Peak memory of training with a large vocabulary. One after the other: two at once might not fit."""
     batch_size = 32
+    dtype = choose_dtype("auto", choose_device("auto"))
     gigabytes: dict[str, float] = {}
     for name in ("this", "transformers"):
-        prepare = functools.partial(prepare_training, name, LARGE_VOCABULARY, batch_size)
+        prepare = functools.partial(prepare_training, name, LARGE_VOCABULARY, batch_size, dtype)
         _, peaks = benchmark({name: prepare}, rounds=1)
         if name in peaks:
             gigabytes[name] = peaks[name] / 2**30
@@ -189,10 +190,9 @@ def print_row(row: dict) -> None:
 # ---- The implementations ---------------------------------------------------------------------------
 
 
-def prepare_training(name: str, vocab_size: int, batch_size: int) -> Callable:
+def prepare_training(name: str, vocab_size: int, batch_size: int, dtype: torch.dtype) -> Callable:
     """A function that takes one step as a trainer would: forward, backward, AdamW."""
     device = choose_device("auto")
-    dtype = choose_dtype("auto", device)
     model = build_model(name, vocab_size).to(device)
     loss_fn = try_compile(mean_loss, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
