@@ -238,16 +238,6 @@ class GPT(nn.Module):
         """The number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, length: int) -> int:
-        """Floating point operations of training on one token of a sequence of `length` tokens.
-
-        Each weight of a matrix takes 2 forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
-        A token attends to length / 2 others on average: 6 * length * H * D for each layer.
-        """
-        c = self.config
-        weights = sum(p.numel() for p in self.parameters() if p.dim() == 2)
-        return 6 * weights + 6 * c.n_layer * length * c.n_head * c.head_dim
-
 
 # ---- The fast paths: attention on a CPU, and the loss without all logits in memory ------------------
 

@@ -25,6 +25,7 @@ from common.checkpoint import choose_device, choose_dtype, matmul_flops, try_com
 from common.files import Parser, UserError, atomic_write, report_errors
 from model import GPT, ModelConfig
 from sample import generate
+from tools.estimate import flops_per_token
 
 LENGTH = 512  # tokens in a sequence
 SMALL_VOCABULARY = 8_192
@@ -49,10 +50,11 @@ def bench_train(rounds: int) -> list[dict]:
         speeds = {name: batch_size * LENGTH / seconds[name] for name in seconds}
         rows += compare(f"training, vocabulary {vocab_size:,}", "tokens a second", speeds)
         if vocab_size == SMALL_VOCABULARY:
-            product_rates = [matmul_flops(device, dtype) for _ in range(5)]
+            size = 8192 if device.type == "cuda" else 512
+            product_rates = [matmul_flops(device, dtype, size) for _ in range(5)]
             product_rate = max(product_rates)  # a busy moment only makes it lower
-            flops_per_token = build_model("this", vocab_size).flops_per_token(LENGTH)
-            share = speeds["this"] * flops_per_token / product_rate
+            flops = flops_per_token(build_model("this", vocab_size), LENGTH)
+            share = speeds["this"] * flops / product_rate
             rows += compare("matrix products", "TFLOP/s, measured", {"this": product_rate / 1e12})
             rows += compare("share of it in training", "", {"this": share})
     return rows

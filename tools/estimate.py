@@ -96,10 +96,21 @@ def estimate(config: Path, vocab_size: int, sequences: int) -> Estimate:
     return Estimate(
         parameters=model.count_parameters(),
         tokens_per_step=tokens_per_step,
-        flops_per_token=model.flops_per_token(s.block_size),
+        flops_per_token=flops_per_token(model, s.block_size),
         steps=steps,
         memory=estimate_memory(model, s),
     )
+
+
+def flops_per_token(model: GPT, length: int) -> int:
+    """Floating point operations of training on one token of a sequence of `length` tokens.
+
+    Each weight of a matrix takes 2 forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    A token attends to length / 2 others on average: 6 * length * H * D for each layer.
+    """
+    c = model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    return 6 * weights + 6 * c.n_layer * length * c.n_head * c.head_dim
 
 
 def settings_of(config: Path):

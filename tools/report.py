@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import build_model, choose_device, read_checkpoint
-from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors
-from sample import encode_prompt, generate_text
+from common.files import Parser, UserError, atomic_write, report_errors
+from common.sampling import open_model
+from sample import sample_stories
+from stories.constraints import encode_prompt
 from tools.eval import LABELS, shown
 from tools.plot import plot, read_metrics
 
@@ -141,17 +142,15 @@ def evaluation_table(runs: list[Path]) -> str:
 
 def stories_of(run: Path, words: str) -> str:
     """Two stories of the newest checkpoint, for an instruction if the model follows them. Raises UserError."""
-    checkpoint = read_checkpoint(run)
-    model = build_model(checkpoint, run).to(choose_device("auto")).eval()
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], run)
+    model, tokenizer, checkpoint = open_model(run, "auto", "auto")
     template = checkpoint.get("template", "")
     instruction = ""
     if template:
         instruction = f"词汇：{words}"
     prompt = encode_prompt(tokenizer, template, instruction, "")
-    stories = generate_text(model, tokenizer, prompt, 2, max_new_tokens=model.config.block_size, seed=1)
+    stories = sample_stories(model, tokenizer, [prompt] * 2, max_new_tokens=model.config.block_size, seed=1)
     text = f"`{run.name}` {instruction} (temperature 0.8, unedited)\n"
-    for story in stories:
+    for story, _ in stories:
         quoted = story.replace("\n", "\n> ")
         text += f"\n> {quoted}\n"
     return text
