@@ -152,9 +152,10 @@ def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argpar
     sample: dict[int, str] = {}
     blocks = read_blocks(files, "reading", name_unread=False)
     for stories in in_order(workers, stories_by_digest, blocks, args):
-        sample.update(stories)
-        sample = {digest: story for digest, story in sample.items() if digest >= limit}
-        while sum(len(story) for story in sample.values()) > SAMPLE:
+        for digest, story in stories.items():
+            if digest >= limit:
+                sample[digest] = story
+        while sum(map(len, sample.values())) > SAMPLE:
             limit += (DIGESTS - limit) // 2
             sample = {digest: story for digest, story in sample.items() if digest >= limit}
     if not sample:

@@ -630,6 +630,15 @@ def test_what_the_template_cannot_hold_is_counted(reason, tokenizer, tmp_path, r
     refused([*good[:2], *[HELD_OUT[reason]] * 3], "more than half", f"3 {reason}")
 
 
+def test_a_key_twice_in_a_turn_is_counted(tokenizer, tmp_path):
+    turns = '[{"role": "user", "content": "写", "content": "画"}, {"role": "assistant", "content": "好"}]'
+    good = [json.dumps({"instruction": f"写{i}", "output": f"好{i}"}) for i in range(12)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([*good, f'{{"messages": {turns}}}']), encoding="utf-8")
+    prepare_sft(tmp_path / "out", tokenizer, file)
+    assert counted(tmp_path / "out")["duplicate_key"] == 1
+
+
 def test_a_conversation_that_the_assistant_begins_is_counted(tokenizer, tmp_path):
     """As in many of ShareGPT's: left out, not cut."""
     turns = [{"from": "gpt", "value": "你好"}, {"from": "human", "value": "写"}, {"from": "gpt", "value": "好"}]
