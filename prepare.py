@@ -37,7 +37,16 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from common.files import Parser, UserError, atomic_write, load_tokenizer, locked, report_errors, sync_folder
+from common.files import (
+    Parser,
+    UserError,
+    atomic_write,
+    load_tokenizer,
+    locked,
+    report_errors,
+    resolve_folder,
+    sync_folder,
+)
 from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, template_tokens
 from stories.download import DATASETS, download
 from stories.generate import write_corpus
@@ -507,17 +516,6 @@ def parse_arguments() -> argparse.Namespace:
         if args.download:
             args.text_key = DATASETS[args.download][2]
     return args
-
-
-def resolve_folder(path: Path) -> Path:
-    """The folder that a path names, with links followed: a link stays, and its target is written. Raises UserError."""
-    for part in (path, *path.parents):
-        if part.is_symlink() and not part.exists():
-            target = os.readlink(part)
-            raise UserError(f"{part}: a link to {target}, which is not there; create that folder, or remove the link")
-        if part.exists() and not part.is_dir():
-            raise UserError(f"{part}: not a folder; choose another --out_dir")
-    return path.resolve()
 
 
 def get_files(args: argparse.Namespace) -> list[Path]:

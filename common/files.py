@@ -107,6 +107,17 @@ def atomic_write(path: Path):
         raise
 
 
+def resolve_folder(path: Path) -> Path:
+    """The folder that a path of --out_dir names, with links followed, there or not yet. Raises UserError."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            target = os.readlink(part)
+            raise UserError(f"{part}: a link to {target}, which is not there; create that folder, or remove the link")
+        if part.exists() and not part.is_dir():
+            raise UserError(f"{part}: not a folder; choose another --out_dir")
+    return path.resolve()
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the renames in a folder to the disk. Windows has no such call."""
     if os.name == "nt":

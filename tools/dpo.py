@@ -87,7 +87,8 @@ def tune(s: Settings) -> None:
     else:
         files = [Path(s.out_dir, "pairs.jsonl")]
         if files[0].exists():
-            print(f"{files[0]}: exists and is used as it is; remove it to make new pairs")
+            if run.rank() == 0:
+                print(f"{files[0]}: exists and is used as it is; remove it to make new pairs")
         elif run.world_size() > 1:
             raise UserError(f"{files[0]}: not there; make the pairs first, in one process, with --make_pairs=True")
         else:
@@ -232,9 +233,11 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
     """
     if isinstance(record, LeftOut):
         raise record
-    if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
-        found = f"; the keys here are {records.keys_of(record)}" if isinstance(record, dict) else ""
-        raise UserError(f"{where}: expected an object with prompt, chosen and rejected{found}")
+    expected = "expected an object with prompt, chosen and rejected"
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {expected}")
+    if "chosen" not in record or "rejected" not in record:
+        raise UserError(f"{where}: {expected}; the keys here are {records.keys_of(record)}")
     prompt, chosen = records.prompt_and_response(record, "chosen", where)
     other, rejected = records.prompt_and_response(record, "rejected", where)
     prompt, other, chosen, rejected = records.clean_texts((prompt, other, chosen, rejected))
@@ -242,9 +245,14 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
         raise UserError(f"{where}: chosen and rejected answer different prompts")
     if chosen == rejected:
         raise LeftOut("chosen and rejected are the same")
-    scores = [record.get(f"{key}_scores") for key in ("chosen", "rejected")]  # written by make_pairs
-    ended = [not isinstance(found, dict) or found.get("finished") != 0 for found in scores]
-    return prompt, (chosen, ended[0]), (rejected, ended[1])
+    chosen_ended = has_ended(record.get("chosen_scores"))
+    rejected_ended = has_ended(record.get("rejected_scores"))
+    return prompt, (chosen, chosen_ended), (rejected, rejected_ended)
+
+
+def has_ended(scores) -> bool:
+    """Whether a story has reached its end, by its scores of make_pairs; without scores it is taken to have."""
+    return not isinstance(scores, dict) or scores.get("finished") != 0
 
 
 def read_pairs(
@@ -285,8 +293,8 @@ def read_pairs(
         else:
             train_pairs.append((instruction, *responses))
     summary = f"{files[0]}: {len(train_pairs):,} train, {len(val_pairs):,} val pairs"
-    for reason, n in left_out.items():
-        summary += f", {n:,} left out ({reason})"
+    for cause, n in left_out.items():
+        summary += f", {n:,} left out ({cause})"
     if not train_pairs or not val_pairs or mostly_left_out:
         raise UserError(f"{summary}; training needs pairs of two prompts or more, and most must be usable")
     if run.rank() == 0:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import build_model, read_checkpoint
-from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors, sync_folder
+from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors, resolve_folder, sync_folder
 from model import GPT, ModelConfig
 from tools.plot import read_metrics
 
@@ -370,18 +370,16 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 def resolve_out_dir(path: Path) -> Path:
     """Where a new folder of this name will be, through links. Raises UserError if it cannot be."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there")
-    final = path.resolve()
+    final = resolve_folder(path)
     if final.exists():
-        if not final.is_dir() or any(final.iterdir()):
+        if any(final.iterdir()):
             raise UserError(f"{path}: is there already; choose another --out_dir")
         if os.path.ismount(final):
             raise UserError(f"{path}: is the root of a disk; choose a folder in it")
     parent = final.parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK):
         raise UserError(f"{path}: {parent} is not a folder to write into; choose another --out_dir")
     return final
 
