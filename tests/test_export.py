@@ -425,9 +425,11 @@ def test_an_out_dir_that_cannot_be_used(tuned, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "ckpt_1.pt").write_text("damaged")
-    for out_dir in (tmp_path / "file", tmp_path / "file" / "in", tmp_path / "dangling", "/proc"):
+    file = tmp_path / "file"
+    dangling = tmp_path / "dangling"
+    for out_dir, named in ((file, file), (file / "in", file), (dangling, dangling), ("/proc", "/proc")):
         done = export_here("--ckpt", tmp_path / "ckpt_1.pt", "--out_dir", out_dir)
-        assert_one_line_error(done, out_dir)
+        assert_one_line_error(done, named)
     assert {p.name for p in tmp_path.iterdir()} == {"file", "dangling", "ckpt_1.pt"}
 
 
