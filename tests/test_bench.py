@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_script, script_here
 
 from model import GPT, ModelConfig
+from sample import generate
 from tools import bench
 from tools import estimate as estimate_tool
 from tools.dpo import PreferenceDataset, preference_loss
@@ -35,6 +36,16 @@ def test_losses_are_means_over_the_same_targets():
     for name in NAMES:
         loss = bench.mean_loss(bench.build_model(name, 300), tokens)
         assert loss.item() == pytest.approx(math.log(300), rel=0.05)
+
+
+def test_generation_does_not_end_early():
+    """With -1 as the end token, as in the benchmark, every sequence takes all steps; here all 8 tokens occur."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "head_dim": 8, "n_embd": 8, "intermediate_size": 8}
+    model = GPT(ModelConfig(vocab_size=8, block_size=200, **shape))
+    tokens = torch.stack(list(generate(model, [[1], [2, 3]], 150, -1, temperature=1.0)))
+    assert tokens.shape == (150, 2)
+    assert set(tokens.flatten().tolist()) == set(range(8))
 
 
 def waiting(seconds, log):

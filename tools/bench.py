@@ -147,7 +147,7 @@ def timed_run() -> float:
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process has taken at most, on the GPU if there is one; 0 where it is not known."""
+    """The most bytes this process has held, on the GPU if there is one; 0 where that is not known."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

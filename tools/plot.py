@@ -53,7 +53,7 @@ def plot(runs: list[Path], out: Path, x: str = "step", smooth: float = 0.04) -> 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl. Raises UserError.
 
-    A last line that is still being written is left out, and so is a value of null: the gradient norm of a step
+    A last line that is still being written is left out, and so is a null: the gradient norm of a step
     that overflowed in float16.
     """
     lines = []
