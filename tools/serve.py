@@ -3,7 +3,7 @@
     python -m tools.serve --ckpt out/demo_sft
     python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080
 
-The main thread runs the model (serve_scheduler.py). A second one speaks HTTP: what can be asked for is declared in
+One thread runs the model (serve_scheduler.py). Another one speaks HTTP: what can be asked for is declared in
 serve_requests.py. Except for rounding, a seed gives the story of `sample.py --num 1`.
 """
 
@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.files import Parser, UserError, report_errors
@@ -84,7 +85,9 @@ def serve(args) -> None:
     threading.Thread(target=uvicorn.Server(config).run, args=([listener],), daemon=True).start()
     name = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving stories at http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
-    scheduler.run()
+    # Not in the main thread: there OpenMP's threads spin while they wait for each other, and on a busy machine a step
+    # takes up to 20 times as long. An error of the model is raised here.
+    ThreadPoolExecutor(1).submit(scheduler.run).result()
 
 
 def make_app(scheduler: Scheduler, tokenizer, template: str, hosts: list[str], args) -> FastAPI:
@@ -278,7 +281,8 @@ async def generate(asked: StoryRequest, choices: list[Choice], scheduler: Schedu
                 text = choice.new_text()
                 if text and asked.stream:
                     yield part_of(asked, choice, text, None)
-                elif ended:
+                    text = ""
+                if ended:
                     unfinished.remove(choice)
                     yield part_of(asked, choice, text, choice.best().finish_reason)
             yield None
