@@ -209,7 +209,10 @@ async def send_error(http: Request, error: HTTPException):
     kind = "invalid_request_error"
     if error.status_code >= 429:
         kind = "rate_limit_error" if error.status_code == 429 else "server_error"
-    content = {"message": error.detail, "type": kind, "param": getattr(error, "param", None), "code": None}
+    message = error.detail
+    if not isinstance(error, Refusal):  # FastAPI's own, as there is no such page
+        message = f"{http.method} {http.url.path}: {message}."
+    content = {"message": message, "type": kind, "param": getattr(error, "param", None), "code": None}
     return JSONResponse({"error": content}, error.status_code, error.headers)
 
 
@@ -353,6 +356,9 @@ def main() -> None:
     for key, least, most in (("batch", 1, 256), ("per_minute", 1, 9999)):
         if not least <= getattr(args, key) <= most:
             raise UserError(f"--{key} {getattr(args, key)}: must lie between {least} and {most}")
+    for origin in args.allow_origin or []:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/]+", origin):
+            raise UserError(f"--allow_origin {origin}: must be like http://localhost:3000, without a path")
     serve(args)
 
 
