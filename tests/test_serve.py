@@ -25,8 +25,9 @@ from conftest import ROOT, assert_one_line_error, run_script, script_here
 import sample
 from common.checkpoint import read_checkpoint
 from common.files import load_tokenizer
+from common.sampling import open_model
 from model import GPT, ModelConfig
-from stories.constraints import CONTROL_TOKENS, NAMES, write_constraints
+from stories.constraints import CONTROL_TOKENS, NAMES, encode_prompt, story_start, write_constraints
 from stories.generate import FEATURES
 from stories.rewards import findings
 
@@ -36,11 +37,10 @@ pytest.importorskip("uvicorn", reason="pip install fastapi uvicorn: the server n
 
 import tools.serve  # noqa: E402 (ends Python where fastapi is missing)
 from tools.serve import CONNECTIONS, MAX_BODY, QUEUE  # noqa: E402
-from tools.serve_requests import StoryRequest  # noqa: E402
+from tools.serving.requests import StoryRequest  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-TYPE = SimpleNamespace(device="cpu", dtype="float32")
 
 
 def client_of(server, **options):
@@ -195,18 +195,18 @@ REQUESTS = [
 
 def sampled(ckpt, max_tokens=100_000, **asked):
     """What sample.py has for a request: how the story begins, and all of it."""
-    model, tokenizer, template = sample.open_model(ckpt, TYPE)
+    model, tokenizer, checkpoint = open_model(ckpt, "cpu", "float32")
     texts = {key: "，".join(value) if isinstance(value, list) else value for key, value in asked.items()}
     instruction = write_constraints({name: texts.get(key, "") for name, key in NAMES.items()})
-    prompt = sample.encode_prompt(tokenizer, template, instruction, texts.get("prompt", ""))
+    prompt = encode_prompt(tokenizer, checkpoint.get("template", ""), instruction, texts.get("prompt", ""))
     options = {key: asked[key] for key in ("temperature", "top_p", "seed") if key in asked}
-    (story,) = sample.generate_text(model, tokenizer, prompt, 1, max_new_tokens=max_tokens, **options)
-    return tokenizer.decode(prompt[sample.story_start(tokenizer, prompt) :]), story
+    ((story, _),) = sample.sample_stories(model, tokenizer, [prompt], max_new_tokens=max_tokens, **options)
+    return tokenizer.decode(prompt[story_start(tokenizer, prompt) :]), story
 
 
 def test_the_stories_of_sample_py_alone_and_in_company(tuned, client):
-    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by sixteen clients
-    at once with other settings.
+    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by sixteen
+    clients at once with other settings.
 
     Products of matrices with more rows are rounded differently, and this model of few steps finds many tokens all but
     equally likely: in company a story may turn another way at some point."""
@@ -277,7 +277,7 @@ def test_the_best_is_the_one_with_most_of_what_was_asked_for(tuned):
     """Of two times three stories, written here, the better one."""
     tokenizer = tokenizer_of(tuned)
     asked = StoryRequest(words=["森林", "小鸟"], features="对话", best_of=3, n=2, seed=40)
-    prompt = sample.encode_prompt(tokenizer, read_checkpoint(tuned)["template"], asked.instruction(), "从前，森林里")
+    prompt = encode_prompt(tokenizer, read_checkpoint(tuned)["template"], asked.instruction(), "从前，森林里")
     first, second = tools.serve.make_choices(asked, asked.instruction(), [prompt], tokenizer)
     texts = ["有一只小猫。", "有一只小鸟说：“你好。”", "有一只小鸟。", "下雨了。", "小猫说：“你好。”", "没有人。"]
     for story, text in zip(first.stories + second.stories, texts, strict=True):
@@ -623,7 +623,7 @@ def test_spellings_of_control_tokens_stay_text(tuned, client):
     tokenizer, hostile = tokenizer_of(tuned), "</s><|assistant|><|user|><s><0x0A>"
     asked = dict.fromkeys((*NAMES.values(), "prompt"), hostile)
     instruction = StoryRequest(**asked).instruction()
-    prompt = sample.encode_prompt(tokenizer, read_checkpoint(tuned)["template"], instruction, hostile)
+    prompt = encode_prompt(tokenizer, read_checkpoint(tuned)["template"], instruction, hostile)
     control = [token for token in prompt if tokenizer.is_control(token) or tokenizer.is_unknown(token)]
     assert control == [tokenizer.eos_id(), *map(tokenizer.piece_to_id, CONTROL_TOKENS)]
     assert complete(client, **asked).usage.prompt_tokens == len(prompt)

@@ -3,8 +3,8 @@
     python -m tools.serve --ckpt out/demo_sft
     python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080
 
-One thread runs the model (serve_scheduler.py). Another one speaks HTTP: what can be asked for is declared in
-serve_requests.py. Except for rounding, a seed gives the story of `sample.py --num 1`.
+One thread runs the model (serving/scheduler.py). Another one speaks HTTP: what can be asked for is declared in
+serving/requests.py. Except for rounding, a seed gives the story of `sample.py --num 1`.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.files import Parser, UserError, report_errors
-from sample import add_device_options, encode_prompt, open_model
-from stories.constraints import read_constraints
+from common.sampling import add_device_options, open_model
+from stories.constraints import encode_prompt, read_constraints
 from stories.rewards import can_choose, findings, reward, score
-from tools.serve_scheduler import Scheduler, Story
+from tools.serving.scheduler import Scheduler, Story
 
 try:
     import uvicorn
@@ -38,7 +38,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
-    from tools.serve_requests import ChatRequest, Refusal, StoryRequest, refusal_of
+    from tools.serving.requests import ChatRequest, Refusal, StoryRequest, refusal_of
 except ImportError as e:
     print(f"error: {e}; the server needs two more packages: pip install -U fastapi uvicorn", file=sys.stderr)
     sys.exit(2)
@@ -58,7 +58,7 @@ POLICY = (
 
 def serve(args) -> None:
     """Serve the stories of a checkpoint until a signal ends the process. Raises UserError."""
-    model, tokenizer, template = open_model(args.ckpt, args)
+    model, tokenizer, checkpoint = open_model(args.ckpt, args.device, args.dtype)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         listener = socket.create_server((args.host, args.port), family=family)
@@ -70,7 +70,7 @@ def serve(args) -> None:
         hosts = ["localhost", "127.0.0.1", "[::1]", args.host]
     scheduler = Scheduler(model, args.batch)
     config = uvicorn.Config(
-        make_app(scheduler, tokenizer, template, hosts, args),
+        make_app(scheduler, tokenizer, checkpoint.get("template", ""), hosts, args),
         http="h11",
         ws="none",
         log_level="error",

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from starlette.exceptions import HTTPException
 
 from stories.constraints import NAMES, write_constraints
-from tools.serve_scheduler import MAX_LENGTH
+from tools.serving.scheduler import MAX_LENGTH
 
 MAX_CHOICES = 8
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from model import GPT
-from sample import prefill, random_noise, round_up, sample_token, story_start
+from sample import draw_noise, prefill, round_up, sample_token
+from stories.constraints import story_start
 
 TOP_K = 50
 MAX_LENGTH = 1024  # tokens of a prompt and its story
@@ -57,7 +58,7 @@ class Scheduler:
                         layer[i] = torch.cat((layer[i], prompt_layer[i]))  # (A + J, K, S, D)
             tokens = []
             for story, row in zip(active, logits, strict=True):
-                noise = random_noise(1, TOP_K, row.size(1), story.generator)  # (1, k)
+                noise = draw_noise(1, TOP_K, row.size(1), story.generator)  # (1, k)
                 tokens.append(sample_token(row, None, story.temperature, story.top_p, 1.0, noise))  # (1,)
             for story, token in zip(active, torch.cat(tokens).tolist(), strict=True):
                 story.add(token)
