@@ -3,8 +3,8 @@
     python -m tools.serve --ckpt out/demo_sft
     python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080
 
-One thread runs the model (serving/scheduler.py). Another one speaks HTTP: what can be asked for is declared in
-serving/requests.py. Except for rounding, a seed gives the story of `sample.py --num 1`.
+One thread runs the model (serving/scheduler.py). Another one speaks HTTP; what can be asked for is declared
+in serving/requests.py. Except for rounding, a seed gives the story of `sample.py --num 1`.
 """
 
 import asyncio
@@ -51,8 +51,8 @@ POLL = 0.02  # seconds between two looks at what is new of a story
 READ = ["GET", "HEAD"]
 # The browser runs only what is marked with the nonce of this answer, and speaks to this server alone.
 POLICY = (
-    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -85,8 +85,8 @@ def serve(args) -> None:
     threading.Thread(target=uvicorn.Server(config).run, args=([listener],), daemon=True).start()
     name = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving stories at http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
-    # Not in the main thread: there OpenMP's threads spin while they wait for each other, and on a busy machine a step
-    # takes up to 20 times as long. An error of the model is raised here.
+    # Not in the main thread: there OpenMP's threads spin while they wait for each other, and on a busy
+    # machine a step takes up to 20 times as long. An error of the model is raised here.
     ThreadPoolExecutor(1).submit(scheduler.run).result()
 
 
@@ -99,7 +99,7 @@ def make_app(scheduler: Scheduler, tokenizer, template: str, hosts: list[str], a
         """Refuse the page of another site whose name was made to lead here (DNS rebinding)."""
         host = re.sub(r":\d*$", "", http.headers.get("host", ""))
         if hosts and host.lower() not in hosts:
-            raise Refusal(403, "Open this as localhost; for other names start the server with --host 0.0.0.0.")
+            raise Refusal(403, "Open this as localhost; for other names start it with --host 0.0.0.0.")
 
     def count_request(address: str) -> None:
         """Refuse more requests than --per_minute. After silence, all of a minute may come at once."""
@@ -117,7 +117,8 @@ def make_app(scheduler: Scheduler, tokenizer, template: str, hosts: list[str], a
         exception_handlers={HTTPException: send_error, ValidationError: send_validation_error},
     )
     if args.allow_origin:
-        app.add_middleware(CORSMiddleware, allow_origins=args.allow_origin, allow_methods=["*"], allow_headers=["*"])
+        cors = {"allow_origins": args.allow_origin, "allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **cors)
 
     @app.post("/v1/completions")
     async def complete(http: Request):
@@ -144,7 +145,8 @@ def make_app(scheduler: Scheduler, tokenizer, template: str, hosts: list[str], a
         if kind is ChatRequest:
             head["object"] = "chat.completion.chunk" if asked.stream else "chat.completion"
         if asked.stream:
-            return StreamingResponse(stream(asked, head, choices, scheduler, http), media_type="text/event-stream")
+            events = stream(asked, head, choices, scheduler, http)
+            return StreamingResponse(events, media_type="text/event-stream")
         parts = [part async for part in generate(asked, choices, scheduler, http) if part]
         parts.sort(key=lambda part: part["index"])
         return head | {"choices": parts, "usage": usage(asked, choices)}
@@ -178,7 +180,8 @@ def make_app(scheduler: Scheduler, tokenizer, template: str, hosts: list[str], a
 async def read_body(http: Request) -> str:
     """The text of a request. Raises Refusal."""
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "Content-Type must be application/json.")  # another site's page cannot send this unasked
+        # The page of another site cannot send this type without a preflight.
+        raise Refusal(415, "Content-Type must be application/json.")
     body = b""
     try:
         async for chunk in http.stream():
@@ -198,7 +201,8 @@ def read_instruction(asked: StoryRequest, template: str) -> str:
     if not template and (instruction or isinstance(asked, ChatRequest)):
         raise Refusal(400, "This model only continues a prompt: it has not learned to follow instructions.")
     if template and not instruction and not any(asked.prompt):
-        raise Refusal(400, "Ask for something: words, features, a summary, a sentence, or give a prompt.", "words")
+        message = "Ask for something: words, features, a summary, a sentence, or give a prompt."
+        raise Refusal(400, message, "words")
     if asked.best_of > 1 and not can_choose(read_constraints(instruction)):
         raise Refusal(400, "best_of chooses by words, a sentence, 对话: ask for one of these.", "best_of")
     return instruction
@@ -269,8 +273,8 @@ def make_choices(asked: StoryRequest, instruction: str, prompts: list[list[int]]
 async def generate(asked: StoryRequest, choices: list[Choice], scheduler: Scheduler, http: Request):
     """Have the stories generated by the other thread, and look again and again at what is new of them.
 
-    Yields choices as they end, in a stream their pieces, and None after each look. It ends when all have ended, or
-    when the visitor has left.
+    Yields choices as they end, in a stream their pieces, and None after each look. It ends when all have ended,
+    or when the visitor has left.
     """
     stories = [story for choice in choices for story in choice.stories]
     scheduler.submit(stories)
@@ -297,7 +301,8 @@ async def generate(asked: StoryRequest, choices: list[Choice], scheduler: Schedu
 def part_of(asked: StoryRequest, choice: Choice, text: str, finish_reason: str | None) -> dict:
     """A choice, or a piece of one. `seed` and `met` are additions to OpenAI's form."""
     story = choice.best()
-    part: dict = {"index": choice.index, "seed": story.seed, "logprobs": None, "finish_reason": finish_reason}
+    part: dict = {"index": choice.index, "logprobs": None, "finish_reason": finish_reason}
+    part["seed"] = story.seed
     if asked.best_of > 1:
         part["met"] = findings(choice.constraints, story.beginning + story.text)
     message = {"content": text}
@@ -345,12 +350,12 @@ def usage(asked: StoryRequest, choices: list[Choice]) -> dict:
 
 def main() -> None:
     parser = Parser(description="Serve stories.", allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or the folder of a run")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others in your network")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--batch", type=int, default=8, help="stories at a time")
     parser.add_argument("--per_minute", type=int, default=60, help="requests of an address")
-    parser.add_argument("--allow_origin", action="append", help="a site whose pages may use this server; * for all")
+    parser.add_argument("--allow_origin", action="append", help="a site whose pages may use it; *: any")
     add_device_options(parser)
     args = parser.parse_args()
     for key, least, most in (("batch", 1, 256), ("per_minute", 1, 9999)):

@@ -114,7 +114,7 @@ class ChatRequest(StoryRequest):
         # Some clients always send a system message, if only an empty one.
         messages = [message for message in self.messages if message.role == "user" or message.text()]
         if len(messages) != 1 or messages[0].role != "user":
-            raise Refusal(400, "Give one message of the user: no earlier turns, no system prompt.", "messages")
+            raise Refusal(400, "Give one message of the user: no other turns, no system prompt.", "messages")
         return f"{messages[0].text()}\n{super().instruction()}".strip()
 
 

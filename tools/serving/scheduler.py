@@ -4,8 +4,8 @@
     scheduler.submit([Story(tokenizer, prompt, seed=7)])  # from any thread; its text grows
     scheduler.run()                                       # generates forever
 
-A batch that waits for its longest story leaves places empty, and whoever comes late waits for all of it. Here a place
-is free for another story as soon as one has ended (Yu et al. 2022, Orca, section 3.1: iteration-level scheduling).
+A batch that waits for its longest story leaves places empty, and whoever comes late waits for all of it. Here
+another story takes the place as soon as one has ended: iteration-level scheduling (Yu et al. 2022, Orca).
 """
 
 import threading
@@ -34,9 +34,10 @@ class Scheduler:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Generate forever: a step gives each active story one token; between steps stories leave and join."""
+        """Generate forever: a step gives every active story a token; between steps some leave and join."""
         active: list[Story] = []  # A stories
-        cache = self.model.new_cache(0, self.max_length, self.model.embedding.weight.dtype)  # (A, K, S, D) each
+        dtype = self.model.embedding.weight.dtype
+        cache = self.model.new_cache(0, self.max_length, dtype)  # (A, K, S, D) each
         while True:
             # Leave: those that have ended.
             rows = [row for row, story in enumerate(active) if not story.finish_reason]
@@ -81,7 +82,7 @@ class Scheduler:
         lengths = [len(story.tokens) for story in active]
         tokens = torch.tensor(last, device=self.device)[:, None]  # (A, 1)
         positions = torch.tensor(lengths, device=self.device)[:, None] - 1  # (A, 1)
-        # Attention pays for empty positions too. The sizes are those of sample.py, as sums round by their size.
+        # Attention pays for empty positions too. The sizes are sample.py's, as sums round by size.
         size = round_up(max(lengths))
         filled = [[keys[:, :, :size], values[:, :, :size]] for keys, values in cache]  # (A, K, size, D) each
         return self.model(tokens, positions=positions, cache=filled)  # (A, 1, V)
@@ -152,7 +153,7 @@ class Story:
             finish_reason = "stop"
         elif len(self.tokens) == self.max_length:
             finish_reason = "length"
-        # All is decoded anew, as in sample.py: the text of a token alone can differ from its text inside a story.
+        # All is decoded anew, as in sample.py: a token alone can have another text than inside a story.
         text = self.tokenizer.decode(self.tokens[self.start :])
         text = text[len(self.beginning) :].rstrip("\ufffd")  # without a character that is not complete
         before_stop = min((text.split(stop)[0] for stop in self.stop), key=len, default=text)
