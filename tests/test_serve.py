@@ -1,7 +1,6 @@
 """The server: the stories of sample.py by OpenAI's protocol, to a real client; many visitors at once, none of whom can
 do harm; the page, in a browser too."""
 
-import asyncio
 import contextlib
 import http.client
 import itertools
@@ -24,20 +23,24 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_script, script_here
 
 import sample
-import tools.serve
 from common.checkpoint import read_checkpoint
 from common.files import load_tokenizer
+from common.sampling import open_model
 from model import GPT, ModelConfig
-from stories.constraints import CONTROL_TOKENS, NAMES, write_constraints
+from stories.constraints import CONTROL_TOKENS, NAMES, encode_prompt, story_start, write_constraints
 from stories.generate import FEATURES
 from stories.rewards import findings
-from tools.serve import CONNECTIONS, LARGEST, WAITING, Server
 
 openai = pytest.importorskip("openai", reason="pip install openai: the client that these tests are made with")
+pytest.importorskip("fastapi", reason="pip install fastapi uvicorn: the server needs them")
+pytest.importorskip("uvicorn", reason="pip install fastapi uvicorn: the server needs them")
+
+import tools.serve  # noqa: E402 (ends Python where fastapi is missing)
+from tools.serve import CONNECTIONS, MAX_BODY, QUEUE  # noqa: E402
+from tools.serving.requests import StoryRequest  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-TYPE = SimpleNamespace(device="cpu", dtype="float32")
 
 
 def client_of(server, **options):
@@ -73,39 +76,13 @@ def serving(ckpt, *args, end=signal.SIGINT):
         server = SimpleNamespace(url=found[1], port=int(found[2]))
         yield SimpleNamespace(**vars(server), client=client_of(server))
         process.send_signal(end)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=10) == 0
     finally:
         process.kill()
         reader.join()
         process.stdout.close()
         process.stderr.close()
     assert log == [], "".join(log)
-
-
-@contextlib.contextmanager
-def serving_here(ckpt, per_minute=9999):
-    """A server in this process, which spares the seconds that PyTorch takes to start."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    args = SimpleNamespace(ckpt=ckpt, host="127.0.0.1", port=port, batch=8, per_minute=per_minute)
-    server, task = Server(*sample.open_model(ckpt, TYPE), args), None
-
-    async def run():
-        nonlocal task
-        task = asyncio.create_task(server.serve())
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    here = SimpleNamespace(url=f"http://127.0.0.1:{port}/", port=port)
-    for _ in range(600):
-        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
-            break
-        time.sleep(0.01)
-    yield SimpleNamespace(**vars(here), client=client_of(here))
-    task.get_loop().call_soon_threadsafe(task.cancel)
-    thread.join()
 
 
 def random_checkpoint(like, path, n_layer):
@@ -212,24 +189,24 @@ REQUESTS = [
     {"top_p": 0.01, "temperature": 2, "words": "a \u3000 b", "seed": 0},
     {"prompt": [" 从前\r\n有一只🐰 "], "words": "森林", "seed": 2**53},
     {"prompt": "从前", "temperature": 1, "top_p": 1, "seed": 0},
-    {"seed": 0},
+    {"words": "铲子", "seed": 2**63 - 1},
 ]
 
 
 def sampled(ckpt, max_tokens=100_000, **asked):
     """What sample.py has for a request: how the story begins, and all of it."""
-    model, tokenizer, template = sample.open_model(ckpt, TYPE)
+    model, tokenizer, checkpoint = open_model(ckpt, "cpu", "float32")
     texts = {key: "，".join(value) if isinstance(value, list) else value for key, value in asked.items()}
     instruction = write_constraints({name: texts.get(key, "") for name, key in NAMES.items()})
-    prompt = sample.encode_prompt(tokenizer, template, instruction, texts.get("prompt", ""))
+    prompt = encode_prompt(tokenizer, checkpoint.get("template", ""), instruction, texts.get("prompt", ""))
     options = {key: asked[key] for key in ("temperature", "top_p", "seed") if key in asked}
-    (story,) = sample.generate_text(model, tokenizer, prompt, 1, max_new_tokens=max_tokens, **options)
-    return tokenizer.decode(prompt[sample.story_start(tokenizer, prompt) :]), story
+    ((story, _),) = sample.sample_stories(model, tokenizer, [prompt], max_new_tokens=max_tokens, **options)
+    return tokenizer.decode(prompt[story_start(tokenizer, prompt) :]), story
 
 
 def test_the_stories_of_sample_py_alone_and_in_company(tuned, client):
-    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by twelve clients
-    at once with other settings.
+    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by sixteen
+    clients at once with other settings.
 
     Products of matrices with more rows are rounded differently, and this model of few steps finds many tokens all but
     equally likely: in company a story may turn another way at some point."""
@@ -244,10 +221,10 @@ def test_the_stories_of_sample_py_alone_and_in_company(tuned, client):
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         texts, ends, others = joined(complete(client, **asked, stream=True))
         assert texts == {0: choice.text} and ends[0].finish_reason == choice.finish_reason and not others
-    many = list(itertools.islice(itertools.cycle(range(len(REQUESTS))), 12))
-    with ThreadPoolExecutor(12) as pool:
+    many = list(itertools.islice(itertools.cycle(range(len(REQUESTS))), 16))
+    with ThreadPoolExecutor(16) as pool:
         told = list(pool.map(lambda i: expected[i][0] + complete(client, **REQUESTS[i]).choices[0].text, many))
-    assert sum(story == expected[i][1] for story, i in zip(told, many, strict=True)) >= 9
+    assert sum(story == expected[i][1] for story, i in zip(told, many, strict=True)) >= 12
     assert all(story[:12] == expected[i][1][:12] for story, i in zip(told, many, strict=True))
 
 
@@ -284,7 +261,7 @@ def test_the_best_of_several(tuned, client):
         assert choice.met == findings({"词汇": asked["words"], "特点": "对话"}, choice.text)
         end = ends[choice.index]
         assert (texts[choice.index], end.seed, end.met) == (choice.text, choice.seed, choice.met)
-    for bad in ({"best_of": 5}, {"best_of": 9, "n": 1}, {"best_of": 0}, {"n": 9, "best_of": 1}):
+    for bad in ({"best_of": 9, "n": 1}, {"best_of": 0}, {"n": 9, "best_of": 1}, {"n": 8, "best_of": 5}):
         with pytest.raises(openai.BadRequestError, match=r"best_of|'n'"):
             complete(client, **asked | bad)
     with pytest.raises(openai.BadRequestError) as refused:
@@ -292,31 +269,26 @@ def test_the_best_of_several(tuned, client):
     assert refused.value.param == "best_of" and "chooses by" in refused.value.body["message"]
 
 
-def server_without_model(tuned):
-    """As much of a server as reading a request needs."""
-    checkpoint = read_checkpoint(tuned)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], "")
-    return SimpleNamespace(tokenizer=tokenizer, template=checkpoint["template"], length=256, device="cpu")
+def tokenizer_of(ckpt):
+    return load_tokenizer(read_checkpoint(ckpt)["tokenizer"], "")
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_the_best_is_the_one_with_most_of_what_was_asked_for(stream, tuned):
-    """Of two times three stories, written here, the better one; a choice is sent when its last story has ended."""
-    server = server_without_model(tuned)
-    asked = {"words": ["森林", "小鸟"], "features": "对话", "best_of": 3, "n": 2, "seed": 40, "stream": stream}
-    asked["prompt"] = "从前，森林里"
-    request = tools.serve.Request(json.dumps(asked).encode(), False, server)
+def test_the_best_is_the_one_with_most_of_what_was_asked_for(tuned):
+    """Of two times three stories, written here, the better one."""
+    tokenizer = tokenizer_of(tuned)
+    asked = StoryRequest(words=["森林", "小鸟"], features="对话", best_of=3, n=2, seed=40)
+    prompt = encode_prompt(tokenizer, read_checkpoint(tuned)["template"], asked.instruction(), "从前，森林里")
+    first, second = tools.serve.make_choices(asked, asked.instruction(), [prompt], tokenizer)
     texts = ["有一只小猫。", "有一只小鸟说：“你好。”", "有一只小鸟。", "下雨了。", "小猫说：“你好。”", "没有人。"]
-    for i, (story, text) in enumerate(zip(request.stories, texts, strict=True)):
-        for token in [*server.tokenizer.encode(text), server.tokenizer.eos_id()]:
-            assert request.choices.qsize() == i // 3
+    for story, text in zip(first.stories + second.stories, texts, strict=True):
+        for token in [*tokenizer.encode(text), tokenizer.eos_id()]:
+            assert not second.ended()
             story.add(token)
-    first, second = request.choices.get_nowait(), request.choices.get_nowait()
-    assert request.choices.empty() and first["finish_reason"] == second["finish_reason"] == "stop"
-    assert (first["index"], first["seed"], first["text"]) == (0, 41, texts[1])
-    assert (second["index"], second["seed"], second["text"]) == (1, 44, texts[4])
-    assert first["met"] == {"missing": [], "dialogue": True}
-    assert second["met"] == {"missing": ["小鸟"], "dialogue": True}
+    assert first.ended() and second.ended()
+    for choice, index, seed, text, missing in ((first, 0, 41, texts[1], []), (second, 1, 44, texts[4], ["小鸟"])):
+        part = tools.serve.part_of(asked, choice, choice.new_text(), choice.best().finish_reason)
+        assert (part["index"], part["seed"], part["text"], part["finish_reason"]) == (index, seed, text, "stop")
+        assert part["met"] == {"missing": missing, "dialogue": True}
 
 
 def test_stop_strings(tuned, client):
@@ -380,7 +352,7 @@ CHATS = [None, [], USER, [USER, USER], [{"role": "system", "content": "a"}, USER
 def test_chats_that_are_refused(tuned_server):
     for messages in CHATS:
         body = json.dumps({"messages": messages})
-        assert_refused(request(tuned_server, path="/v1/chat/completions", body=body, headers=JSON), 400, "turns")
+        assert_refused(request(tuned_server, path="/v1/chat/completions", body=body, headers=JSON), 400, "")
     with pytest.raises(openai.BadRequestError) as refused:
         tuned_server.client.chat.completions.create(model="any", messages=[USER, USER])
     assert refused.value.param == "messages" and refused.value.type == "invalid_request_error"
@@ -396,7 +368,7 @@ def test_whole_characters(pretrained, tmp_path):
     path = random_checkpoint(pretrained, tmp_path / "ckpt_000001.pt", 1)
     asked = {"prompt": "🐰", "seed": 3, "temperature": 2, "top_p": 1}
     opening, story = sampled(path, **asked)
-    with serving_here(path) as server:
+    with serving(path, "--per_minute", 9999) as server:
         pieces = [chunk.choices[0] for chunk in complete(server.client, **asked, stream=True)]
         cut = [complete(server.client, **asked, max_tokens=n).choices[0].text for n in range(1, 20)]
         with pytest.raises(openai.BadRequestError, match="only continues"):
@@ -405,7 +377,7 @@ def test_whole_characters(pretrained, tmp_path):
             server.client.chat.completions.create(model="any", messages=[USER])
     texts = [piece.text for piece in pieces]
     assert opening + "".join(texts) == story and pieces[-1].finish_reason == "length"
-    assert len(texts) > 300 and any("\ufffd" in text for text in texts)
+    assert len(texts) > 5 and any("\ufffd" in text for text in texts)
     assert not any(text.endswith("\ufffd") for text in texts) and all(texts[:-1])
     assert all(story[1:].startswith(text) and not text.endswith("\ufffd") for text in cut)
 
@@ -442,6 +414,19 @@ def test_a_visitor_who_leaves_without_a_stream(slow_server):
     assert time.monotonic() - begun < 5 * took  # their stories would take twenty times as long as the one
 
 
+def test_visitors_who_leave_at_once_or_do_not_listen(slow_server):
+    """Whenever a visitor leaves, also before the first word or with all of a story unread, the place is free."""
+    gone = []
+    for wait in (0, 0, 0, 0, 0.001, 0.01, 0.1, 1):
+        visitor = Listener(slow_server, prompt="从前", stream=wait == 1)
+        time.sleep(wait)
+        visitor.leave()
+        gone.append(visitor)
+    begun = time.monotonic()
+    assert complete(slow_server.client, prompt="从前", max_tokens=1).choices
+    assert time.monotonic() - begun < 5
+
+
 def test_a_client_that_disconnects_in_mid_stream(slow_server):
     streams = [slow_server.client.completions.create(model="any", prompt="从前", stream=True) for _ in "ab"]
     for stream in streams:
@@ -462,7 +447,7 @@ def test_a_full_queue(slow_server):
 
         visitors = []
         while visit().status == 200:
-            assert len(visitors) < WAITING + 12  # those of the last test may leave only now
+            assert len(visitors) < QUEUE + 12  # those of the last test may leave only now
         assert visitors[0].text() and visitors[1].text()  # these have left the queue
         while (last := visit()).status == 200:
             pass
@@ -487,10 +472,11 @@ def assert_refused(answer, status, word, param=None):
 
 
 NOT_SUPPORTED = [
-    {"logprobs": 3}, {"logprobs": 0}, {"logprobs": True}, {"top_logprobs": 2}, {"echo": True}, {"suffix": "x"},
+    {"logprobs": 3}, {"logprobs": True}, {"top_logprobs": 2}, {"echo": True}, {"suffix": "x"},
     {"logit_bias": {"5": 1}}, {"presence_penalty": 0.5}, {"frequency_penalty": -1}, {"tools": [{}]}, {"top_k": 5},
     {"response_format": {"type": "json_object"}}, {"stream_options": {"other": True}}, {"word": "铲子"}, {"": 1},
-    {"<img src=x>": 1}, {"🐰": 1}, {"messages": [USER]}, {"functions": [1]},
+    {"tool_choice": "required"}, {"tool_choice": {"type": "function"}}, {"<img src=x>": 1}, {"🐰": 1},
+    {"messages": [USER]}, {"functions": [1]},
 ]  # fmt: skip
 
 
@@ -498,40 +484,101 @@ def test_what_is_not_supported_is_refused_by_name(tuned_server):
     for asked in NOT_SUPPORTED:
         (key,) = asked.get("stream_options", asked)
         answer = request(tuned_server, body=json.dumps({"words": "铲子"} | asked), headers=JSON)
-        assert_refused(answer, 400, f"{key}' is not supported")
-        assert json.loads(answer[2])["error"]["param"].endswith(key)
+        assert_refused(answer, 400, key)
+        assert "is not supported here" in answer[2].decode() and key in json.loads(answer[2])["error"]["param"]
     with pytest.raises(openai.BadRequestError) as refused:
         tuned_server.client.completions.create(model="any", prompt="", logprobs=1)
     assert refused.value.param == "logprobs"
 
 
+UNASKED = [
+    {"response_format": {"type": "text"}}, {"logprobs": False}, {"logprobs": 0}, {"top_logprobs": 0}, {"tools": []},
+    {"tool_choice": "none"}, {"store": False}, {"store": True}, {"metadata": {"a": "b"}}, {"service_tier": "auto"},
+    {"user": "someone"}, {"parallel_tool_calls": True}, {"n": 1}, {"best_of": 1}, {"echo": False}, {"suffix": ""},
+    {"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"logit_bias": {}}, {"stream": False}, {"model": "gpt-4o"},
+]  # fmt: skip
+
+
 def test_what_clients_send_unasked_is_accepted(client):
     """It changes nothing, and null is as good as nothing."""
-    usual = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "presence_penalty": 0,
-             "stream": False, "frequency_penalty": 0.0, "logit_bias": {}, "stop": None, "user": "someone"}  # fmt: skip
-    extra = {"words": "铲子", "summary": None, "tools": []}
-    answer = client.completions.create(model="any", prompt="", seed=7, max_tokens=9, **usual, extra_body=extra)
-    assert answer.choices[0].text == complete(client, words="铲子", seed=7, max_tokens=9).choices[0].text
+    asked = {"model": "any", "prompt": "", "seed": 7, "max_tokens": 9}
+    expected = client.completions.create(**asked, extra_body={"words": "铲子"}).choices[0].text
+    for extra in UNASKED:
+        answer = client.completions.create(**asked, extra_body={"words": "铲子"} | extra)
+        assert answer.choices[0].text == expected, extra
+    fields = dict.fromkeys(StoryRequest.model_fields)  # every key, all null
+    nulls = {key: None for key in fields if key not in (*asked, "words")}
+    answer = client.completions.create(
+        **asked, extra_body=nulls | {"words": "铲子", "stream_options": {"include_usage": None}}
+    )
+    assert answer.choices[0].text == expected
+
+
+def test_an_empty_system_message_and_more_keys_in_messages_are_accepted(client):
+    expected = complete(client, words="铲子", seed=7, max_tokens=9).choices[0].text
+    user = USER | {"name": "someone", "id": 7, "refusal": None}
+    for content in ("", None, [], [{"type": "text", "text": ""}]):
+        for role in ("system", "developer"):
+            messages = [{"role": role, "content": content}, user]
+            answer = client.chat.completions.create(model="any", messages=messages, seed=7, max_tokens=9)
+            assert answer.choices[0].message.content == expected
+
+
+def test_asked_for_nothing(tuned_server):
+    """A model that follows instructions needs one, or the beginning of a story; the answer says so."""
+    for asked in ({}, {"prompt": ""}, {"words": " ，"}, {"prompt": None, "summary": None}):
+        assert_refused(request(tuned_server, body=json.dumps(asked), headers=JSON), 400, "Ask for something")
+    body = json.dumps({"messages": [USER | {"content": " "}]})
+    answer = request(tuned_server, path="/v1/chat/completions", body=body, headers=JSON)
+    assert_refused(answer, 400, "Ask for something")
+
+
+def test_several_prompts(tuned, client):
+    """Each has its choices, which are numbered through; each story has the next seed."""
+    prompts = ["从前", "小猫", "小狗"]
+    answer = client.completions.create(model="any", prompt=prompts, n=2, seed=5, max_tokens=9)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert [choice.seed for choice in answer.choices] == list(range(5, 11))
+    alone = []
+    for choice in answer.choices:
+        prompt = prompts[choice.index // 2]
+        alone.append(client.completions.create(model="any", prompt=prompt, seed=choice.seed, max_tokens=9))
+        assert choice.text[:4] == alone[-1].choices[0].text[:4]  # in company a story may turn another way
+    assert answer.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone[::2])
+    assert answer.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    stream = client.completions.create(model="any", prompt=prompts, n=2, seed=5, max_tokens=9, stream=True)
+    texts, ends, _ = joined(stream)
+    assert [texts[i] for i in range(6)] == [choice.text for choice in answer.choices] and len(ends) == 6
+    with pytest.raises(openai.BadRequestError, match=str(QUEUE)):
+        client.completions.create(model="any", prompt=["从前"] * (QUEUE + 1))
+
+
+def test_any_seed(client):
+    """Those that sample.py does not take have stories, too, always the same."""
+    for seed in (-1, -(2**63), 2**63, 2**64 + 5, 10**30):
+        first, second = (complete(client, words="铲子", seed=seed, max_tokens=9).choices[0] for _ in "ab")
+        assert first.text == second.text and first.seed == seed
 
 
 BAD_BODIES = [
     ("", "JSON"),
     ("{", "JSON"),
     ("[" * 9000, "JSON"),
-    ('{"logit_bias": ' + "[" * 900 + "]" * 900 + "}", "logit_bias"),
+    ('{"logit_bias": ' + "[" * 900 + "]" * 900 + "}", "JSON"),
     ('["words"]', "JSON"),
     ("7", "JSON"),
     ("null", "JSON"),
     ('{"stream_options": 7}', "stream_options"),
-    ('{"words": "铲子"}'.encode("gbk"), "JSON"),
+    ('{"words": "铲子"}'.encode("gbk"), "not UTF-8"),
+    ('{"words": "铲子"}'.encode("utf-16"), "not UTF-8"),
+    (b'{"words": "\xff"}', "not UTF-8"),
     ('{"seed": ' + "9" * 5000 + "}", "JSON"),
     ('{"words": {"a": "铲子"}}', "words"),
     ('{"words": ["铲子", 7]}', "words"),
-    ('{"words": ' + json.dumps(["a"] * 100) + "}", "words"),
-    ('{"summary": ["a", "b"]}', "summary"),
     ('{"prompt": 7}', "prompt"),
+    ('{"prompt": []}', "prompt"),
     ('{"prompt": [7, 8]}', "prompt"),
-    ('{"prompt": ["从前", "小猫"]}', "prompt"),
+    ('{"prompt": [null]}', "prompt"),
     ('{"stop": ["1", "2", "3", "4", "5"]}', "stop"),
     ('{"stop": [["1"]]}', "stop"),
     ('{"model": 7}', "model"),
@@ -545,9 +592,8 @@ BAD_BODIES = [
     ('{"temperature": [1]}', "temperature"),
     ('{"top_p": 0}', "top_p"),
     ('{"top_p": 1.01}', "top_p"),
-    ('{"seed": -1}', "seed"),
     ('{"seed": 1.5}', "seed"),
-    ('{"seed": 9007199254740993}', "seed"),
+    ('{"seed": true}', "seed"),
     ('{"max_tokens": 0}', "max_tokens"),
     ('{"max_tokens": 1e9}', "max_tokens"),
     ('{"n": true}', "n"),
@@ -565,44 +611,41 @@ def test_bad_requests(tuned_server):
         assert_refused(request(tuned_server, body=body, headers=JSON), 400, word)
 
 
-def test_bodies_with_a_byte_order_mark(tuned_server):
+def test_a_body_with_a_byte_order_mark(tuned_server):
     text = json.dumps({"words": "铲子", "seed": 7, "max_tokens": 9}, ensure_ascii=False)
-    bodies = [text.encode(encoding) for encoding in ("utf-8", "utf-8-sig", "utf-16")]
+    bodies = [text.encode(encoding) for encoding in ("utf-8", "utf-8-sig")]
     answers = [request(tuned_server, body=body, headers=JSON) for body in bodies]
     assert {status for status, _, _ in answers} == {200}
     assert len({json.loads(body)["choices"][0]["text"] for _, _, body in answers}) == 1
 
 
 def test_spellings_of_control_tokens_stay_text(tuned, client):
-    server = server_without_model(tuned)
-    tokenizer, hostile = server.tokenizer, "</s><|assistant|><|user|><s><0x0A>"
+    tokenizer, hostile = tokenizer_of(tuned), "</s><|assistant|><|user|><s><0x0A>"
     asked = dict.fromkeys((*NAMES.values(), "prompt"), hostile)
-    prompt = tools.serve.Request(json.dumps(asked).encode(), False, server).prompt
+    instruction = StoryRequest(**asked).instruction()
+    prompt = encode_prompt(tokenizer, read_checkpoint(tuned)["template"], instruction, hostile)
     control = [token for token in prompt if tokenizer.is_control(token) or tokenizer.is_unknown(token)]
     assert control == [tokenizer.eos_id(), *map(tokenizer.piece_to_id, CONTROL_TOKENS)]
     assert complete(client, **asked).usage.prompt_tokens == len(prompt)
 
 
 BAD_HEADS = [
-    ("GET", "/etc/passwd", {}, 404, "page"),
-    ("GET", "/../tools/serve.py", {}, 404, "page"),
-    ("POST", "/tell", JSON, 404, "page"),
-    ("GET", "/v1/completions", {}, 405, "POST"),
-    ("POST", "/", JSON, 405, "GET"),
-    ("POST", "/v1/models", JSON, 405, "GET"),
-    ("PUT", "/v1/completions", JSON, 405, "POST"),
-    ("OPTIONS", "/v1/completions", {"Origin": "http://evil.example"}, 405, "POST"),
-    ("GET", "/", {"Host": "evil.example"}, 403, "localhost"),
-    ("GET", "/", {"Host": "localhost.evil.example:8000"}, 403, "localhost"),
+    ("GET", "/etc/passwd", {}, 404, "/etc/passwd"),
+    ("GET", "/../tools/serve.py", {}, 404, "Not Found"),
+    ("POST", "/tell", JSON, 404, "/tell"),
+    ("GET", "/v1/models/other", {}, 404, "only"),
+    ("GET", "/v1/completions", {}, 405, "/v1/completions"),
+    ("POST", "/", JSON, 405, "POST /"),
+    ("POST", "/v1/models", JSON, 405, "/v1/models"),
+    ("PUT", "/v1/completions", JSON, 405, "PUT"),
+    ("OPTIONS", "/v1/completions", {"Origin": "http://evil.example"}, 405, "OPTIONS"),
+    ("GET", "/", {"Host": "evil.example"}, 403, "--host 0.0.0.0"),
+    ("GET", "/", {"Host": "localhost.evil.example:8000"}, 403, "--host 0.0.0.0"),
     ("GET", "/v1/models", {"Host": "evil.example"}, 403, "localhost"),
     ("POST", "/v1/completions", JSON | {"Host": "evil.example:8000"}, 403, "localhost"),
     ("POST", "/v1/completions", {"Content-Type": "text/plain"}, 415, "application/json"),
     ("POST", "/v1/chat/completions", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "application/json"),
     ("POST", "/v1/completions", {}, 415, "application/json"),
-    ("POST", "/v1/completions", JSON | {"Content-Length": "-1"}, 411, "Content-Length"),
-    ("POST", "/v1/completions", JSON | {"Content-Length": "²"}, 411, "Content-Length"),
-    ("POST", "/v1/completions", JSON | {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
-    ("POST", "/v1/completions", JSON | {"Content-Length": "9" * 5000}, 413, str(LARGEST)),
 ]
 
 
@@ -610,13 +653,88 @@ def test_refused_by_the_head(tuned_server):
     for method, path, headers, status, word in BAD_HEADS:
         answer = request(tuned_server, method, path, None, headers)
         assert_refused(answer, status, word)
-        assert answer[1]["X-Content-Type-Options"] == "nosniff"
-        assert status != 405 or answer[1]["Allow"] == word
-    with pytest.raises(openai.PermissionDeniedError):
+        assert answer[1]["X-Content-Type-Options"] == "nosniff" and "Access-Control-Allow-Origin" not in answer[1]
+        assert status != 405 or answer[1]["Allow"]
+    with pytest.raises(openai.PermissionDeniedError, match="--host"):
         client_of(tuned_server, default_headers={"Host": "evil.example"}).models.list()
     with pytest.raises(openai.NotFoundError):
         tuned_server.client.embeddings.create(model="any", input="a")
-    assert request(tuned_server, body="{}", headers={"content-TYPE": "Application/JSON; charset=utf-8"})[0] == 200
+    body = '{"words": "铲子", "max_tokens": 1}'.encode()
+    assert request(tuned_server, body=body, headers={"content-TYPE": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+def exchange(server, sent, end=b""):
+    """What raw bytes are answered with, until the connection is closed or the answer ends with `end`."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(sent)
+        heard = b""
+        while not end or not heard.endswith(end):
+            part = connection.recv(1 << 16)
+            if not part:
+                break
+            heard += part
+    return heard
+
+
+BODY = '{"words": "铲子", "seed": 7, "max_tokens": 9}'.encode()
+
+
+def test_http_as_clients_speak_it(tuned, tuned_server):
+    """Chunked bodies, Expect: 100-continue, HEAD, one connection for several requests, HTTP/1.0."""
+    expected = json.loads(request(tuned_server, body=BODY, headers=JSON)[2])["choices"]
+    close = b"Connection: close\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n" + b"9\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+        BODY[:9],
+        len(BODY) - 9,
+        BODY[9:],
+    )
+    length = b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    for sent in (HEAD + close + chunked, HEAD + close + length, HEAD.replace(b"1.1", b"1.0") + length):
+        heard = exchange(tuned_server, sent)
+        assert heard.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert json.loads(heard.partition(b"\r\n\r\n")[2])["choices"] == expected
+    with socket.create_connection(("127.0.0.1", tuned_server.port), timeout=60) as connection:
+        connection.sendall(HEAD + close + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(BODY))
+        begun = time.monotonic()
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ") and time.monotonic() - begun < 1
+        connection.sendall(BODY)
+        assert b" 200 " in connection.makefile("rb").readline()
+    connection = http.client.HTTPConnection("127.0.0.1", tuned_server.port, timeout=60)
+    with contextlib.closing(connection):
+        sockets = set()
+        for path in ("/", "/health", "/v1/models", "/v1/models/", f"/v1/models/{tuned.name}", "/?any"):
+            for method in ("GET", "HEAD"):
+                connection.request(method, path)
+                answer = connection.getresponse()
+                body = answer.read()
+                assert answer.status == 200 and (len(body) > 0) == (method == "GET"), path
+                assert int(answer.headers["Content-Length"]) >= len(body)
+                sockets.add(connection.sock.getsockname())
+        assert len(sockets) == 1
+    assert json.loads(request(tuned_server, "GET", "/health")[2]) == {"status": "ok"}
+    assert tuned_server.client.models.retrieve(tuned.name).id == tuned.name
+    with pytest.raises(openai.NotFoundError):
+        tuned_server.client.models.retrieve("other")
+
+
+def test_other_sites_only_where_they_are_allowed(tuned):
+    """A preflight as browsers send it, with the headers that the OpenAI client for JavaScript adds."""
+    origin = "http://localhost:3000"
+    wanted = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }
+    with serving(tuned, "--allow_origin", origin) as server:
+        status, headers, _ = request(server, "OPTIONS", "/v1/completions", None, {"Origin": origin} | wanted)
+        assert status == 200 and headers["Access-Control-Allow-Origin"] == origin
+        allowed = headers["Access-Control-Allow-Headers"].replace(" ", "").split(",")
+        assert set(wanted["Access-Control-Request-Headers"].split(",")) <= set(allowed)
+        for body, status in ((BODY, 200), (b"{", 400)):
+            answer = request(server, body=body, headers=JSON | {"Origin": origin})
+            assert answer[0] == status and answer[1]["Access-Control-Allow-Origin"] == origin
+        evil = {"Origin": "http://evil.example"}
+        assert request(server, "OPTIONS", "/v1/completions", None, evil | wanted)[0] == 400
+        assert "Access-Control-Allow-Origin" not in request(server, "GET", "/v1/models", None, evil)[1]
 
 
 @pytest.mark.parametrize("sent", [b"FLY / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"GET /" + b"a" * 70_000, b""])
@@ -626,15 +744,17 @@ def test_what_is_no_request(sent, tuned_server):
         connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):  # what was sent may not have been read to its end
             answer = connection.makefile("rb").read()
-            assert re.match(rb"HTTP/1.0 40[0358] ", answer) and b"<" not in answer
+            assert (not answer or b" 40" in answer.splitlines()[0]) and b"<" not in answer
     assert request(tuned_server, "GET", "/")[0] == 200
 
 
 def test_large_bodies(tuned_server):
     """The answer arrives although the rest of what is sent does not interest."""
-    fits = json.dumps({"words": "铲子", "max_tokens": 1}).ljust(LARGEST)
+    fits = json.dumps({"words": "铲子", "max_tokens": 1}).ljust(MAX_BODY)
     assert request(tuned_server, body=fits, headers=JSON)[0] == 200
-    assert_refused(request(tuned_server, body=fits + " ", headers=JSON), 413, str(LARGEST))
+    assert_refused(request(tuned_server, body=fits + " ", headers=JSON), 413, str(MAX_BODY))
+    parts = (b"a" * 4096 for _ in range(9))  # without a length: chunked
+    assert_refused(request(tuned_server, body=parts, headers=JSON), 413, str(MAX_BODY))
     with pytest.raises(openai.APIStatusError) as refused:
         complete(tuned_server.client, prompt="很" * 100_000)
     assert refused.value.status_code == 413
@@ -646,66 +766,57 @@ def test_large_bodies(tuned_server):
         for _ in range(100):
             connection.sendall(bytes(9000))
             time.sleep(0.002)  # on a slow way it arrives in small pieces
-        connection.shutdown(socket.SHUT_WR)
         assert b" 413 " in connection.makefile("rb").readline()
 
 
 def test_a_body_cut_off(tuned_server):
-    with socket.create_connection(("127.0.0.1", tuned_server.port), timeout=60) as connection:
-        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
-        connection.shutdown(socket.SHUT_WR)
-        answer = connection.makefile("rb").read()
-    assert b" 408 " in answer.splitlines()[0] and json.loads(answer.splitlines()[-1])["error"]["message"]
+    """Nobody is there for an answer; the server goes on, and has nothing to complain of (see `serving`)."""
+    for sent in (b"", b"{"):
+        with socket.create_connection(("127.0.0.1", tuned_server.port), timeout=60) as connection:
+            connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n" + sent)
+    assert request(tuned_server, "GET", "/")[0] == 200
 
 
 def test_too_many_requests(tuned):
-    """Bad ones count, the page and the list of models do not."""
-    with serving_here(tuned, per_minute=3) as server:
-        for body, status in (('{"max_tokens": 1}', 200), ("", 400), ('{"max_tokens": 1}', 200)):
-            assert request(server, body=body, headers=JSON)[0] == status
-        for _ in "ab":
-            with pytest.raises(openai.RateLimitError, match="minute") as refused:
-                complete(server.client)
-            assert 0 < int(refused.value.response.headers["Retry-After"]) <= 60
+    """Bad ones count, the page and the list of models do not. Retry-After is the true wait: not a second less."""
+    with serving(tuned, "--per_minute", 20) as server:
+        for number in range(20):
+            assert request(server, body=b"{", headers=JSON)[0] == 400, number
+        status, headers, body = request(server, body=b"{", headers=JSON)
+        assert_refused((status, headers, body), 429, "wait 3 s")
+        assert headers["Retry-After"] == "3"
         assert request(server, "GET", "/")[0] == 200 and len(list(server.client.models.list())) == 1
+        with pytest.raises(openai.RateLimitError):
+            complete(server.client, words="铲子")
+        time.sleep(3)
+        assert request(server, body=b"{", headers=JSON)[0] == 400
+        begun = time.monotonic()  # the client's own retries wait for as long as they are told
+        assert complete(server.client.with_options(max_retries=2), words="铲子", max_tokens=1).choices
+        assert 1 < time.monotonic() - begun < 9
 
 
 def test_too_many_connections(tuned_server):
+    """Those that say nothing count, too; when they are gone all is as before."""
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", tuned_server.port))) for _ in range(200)]
-        answered = idle[CONNECTIONS + 50 :]  # the first ones are listened to, for as long as they say nothing
-        for connection in answered:
-            connection.settimeout(60)
-            with contextlib.suppress(ConnectionResetError):
-                assert connection.recv(1000).startswith(b"HTTP/1.0 503 ")
+        for _ in range(CONNECTIONS + 9):
+            stack.enter_context(socket.create_connection(("127.0.0.1", tuned_server.port)))
+        assert request(tuned_server, "GET", "/")[0] == 503
+        with pytest.raises(openai.InternalServerError):
+            complete(tuned_server.client, words="铲子")
     while request(tuned_server, "GET", "/")[0] == 503:
         pass
     assert complete(tuned_server.client, words="铲子").choices[0].text
 
 
-def test_silent_and_slow_visitors(tuned, monkeypatch):
-    """One who says nothing, one who sends a letter now and then, one who never ends his body: each is shown out, and
-    told why."""
-    monkeypatch.setattr(tools.serve, "PATIENCE", 1)
-    starts = [b"", b"G", HEAD, HEAD + b"Content-Length: 9000\r\n\r\n{"]
-
-    def last(start):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as connection:
-            connection.sendall(start)
-            heard = b""
-            for _ in range(100):
-                with contextlib.suppress(TimeoutError, ConnectionError):
-                    if not (part := connection.recv(1 << 16)):
-                        return heard
-                    heard += part
-                with contextlib.suppress(ConnectionError):
-                    connection.sendall(b"a" if start else b"")
-
-    with serving_here(tuned) as server, ThreadPoolExecutor(4) as pool:
-        begun = time.monotonic()
-        for heard in pool.map(last, starts):
-            assert heard.startswith(b"HTTP/1.0 408 "), heard
-        assert time.monotonic() - begun < 6
+def test_langchain(client, tuned_server):
+    langchain_openai = pytest.importorskip("langchain_openai")
+    url = f"{tuned_server.url}v1"
+    model = langchain_openai.ChatOpenAI(base_url=url, api_key="none", model="any", seed=7, max_tokens=9, max_retries=0)
+    expected = complete(client, words="铲子", seed=7, max_tokens=9).choices[0].text
+    message = model.invoke("词汇：铲子")
+    assert message.content == expected and message.usage_metadata["output_tokens"] == 9
+    assert "".join(chunk.content for chunk in model.stream("词汇：铲子")) == expected
+    assert [message.content[:4] for message in model.batch(["词汇：铲子"] * 3)] == [expected[:4]] * 3
 
 
 # ---- The program -----------------------------------------------------------------------------------
@@ -719,17 +830,32 @@ def test_mistakes_of_the_user(tuned, tmp_path):
         port = taken.getsockname()[1]
         done = run_script("-m", "tools.serve", "--ckpt", tuned, "--port", port, check=False)
         assert_one_line_error(done, "--port", port)
-    for option in ("--port=70000", "--batch=0", "--per_minute=0", "--device=banana", "--port=x", "--prot=1"):
+    for option in ("--port=70000", "--batch=0", "--per_minute=0", "--device=banana", "--port=x", "--prot=1",
+                   "--allow_origin=localhost:3000", "--allow_origin=http://localhost/a"):  # fmt: skip
         assert_one_line_error(serve(option), option.split("=")[1])
     assert_one_line_error(serve("--host", "no.such.host.invalid", "--port", 0), "no.such.host.invalid")
     assert_one_line_error(serve("--ckpt", tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_package_that_is_missing(package, tuned, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{package}'\")")
+    done = run_script("-m", "tools.serve", "--ckpt", tuned, check=False, PYTHONPATH=str(tmp_path))
+    assert_one_line_error(done, package, "pip install", "fastapi uvicorn")
+
+
 def test_the_page_is_self_contained(tuned_server):
-    status, headers, body = request(tuned_server, "GET", "/?any")
-    page, policy = body.decode(), headers["Content-Security-Policy"]
-    assert status == 200 and headers["X-Content-Type-Options"] == "nosniff"
-    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    """Only what is marked with a number that is new each time may run."""
+    nonces = set()
+    for _ in "ab":
+        status, headers, body = request(tuned_server, "GET", "/?any")
+        page, policy = body.decode(), headers["Content-Security-Policy"]
+        assert status == 200 and headers["X-Content-Type-Options"] == "nosniff"
+        assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "*" not in policy
+        (nonce,) = set(re.findall("'nonce-(.*?)'", policy))
+        assert re.findall("<(?:script|style)(.*?)>", page) == [f' nonce="{nonce}"'] * 2
+        nonces.add(nonce)
+    assert len(nonces) == 2 and all(len(nonce) > 20 for nonce in nonces) and "{{" not in page
     assert [link[:5] for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(.*)""", page)] == ["data:"]
     assert re.findall('name="features" value="(.*?)"', page) == list(FEATURES)
     assert set(NAMES) <= set(re.findall(r">(\w+)</", page))

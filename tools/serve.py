@@ -1,408 +1,370 @@
-"""A web page of stories, and the OpenAI API for other programs (docs/usage.md).
+"""A web page of stories, and the OpenAI API for other programs (docs/usage.md). Needs fastapi and uvicorn.
 
     python -m tools.serve --ckpt out/demo_sft
     python -m tools.serve --ckpt out/demo --host 0.0.0.0 --port 8080
 
-One thread runs the model, all else an event loop. Stories join and leave the batch at any token.
-Except for rounding, a seed gives the story of `sample.py --num 1`.
+One thread runs the model (serving/scheduler.py). Another one speaks HTTP; what can be asked for is declared
+in serving/requests.py. Except for rounding, a seed gives the story of `sample.py --num 1`.
 """
 
 import asyncio
-import base64
-import collections
-import contextlib
-import hashlib
+import ipaddress
 import json
+import math
 import os
 import random
 import re
+import secrets
 import signal
+import socket
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from pathlib import Path
 
-import torch
-
 from common.files import Parser, UserError, report_errors
-from sample import (
-    add_device_options,
-    encode_prompt,
-    open_model,
-    prefill,
-    random_noise,
-    round_up,
-    sample_token,
-    story_start,
-)
-from stories.constraints import NAMES, read_constraints, write_constraints
+from common.sampling import add_device_options, open_model
+from stories.constraints import encode_prompt, read_constraints
 from stories.rewards import can_choose, findings, reward, score
+from tools.serving.scheduler import Scheduler, Story
 
-TOP_K = 50
-LONGEST = 1024  # tokens of a prompt and its story
-MOST = 8  # stories for a request
-LARGEST = 16 << 10  # bytes of a request
-WAITING = 32  # stories in the queue
-CONNECTIONS = 64  # open at once
-PATIENCE = 10  # seconds to send a request, or to take a piece of the answer
-HUGE = 2**53  # as large as JavaScript can count
-PATHS = {"/": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
-# The most texts in a list; the limits of a number
-TEXTS = {"prompt": 1, "words": 99, "features": 99, "summary": 1, "sentence": 1, "stop": 4, "model": 1, "user": 1}
-NUMBERS = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "seed": (0, HUGE), "n": (1, MOST), "best_of": (1, MOST)}
-NUMBERS |= {"max_tokens": (1, HUGE), "max_completion_tokens": (1, HUGE)}
-NUMBERS |= {"stream": (False, True), "stream_options.include_usage": (False, True)}
-# What clients send unasked, and what changes nothing
-NEUTRAL = {"echo": False, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "tools": []}
-to_json = json.JSONEncoder(ensure_ascii=False).encode
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from pydantic import ValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
+    from tools.serving.requests import ChatRequest, Refusal, StoryRequest, refusal_of
+except ImportError as e:
+    print(f"error: {e}; the server needs two more packages: pip install -U fastapi uvicorn", file=sys.stderr)
+    sys.exit(2)
 
-class Refusal(Exception):
-    """What a visitor cannot have: the status, the reason, the key at fault, headers."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, **headers):
-        kind = "invalid_request_error" if status < 429 else HTTPStatus(status).name.lower()
-        self.error = {"message": message, "type": kind, "param": param, "code": None}
-        self.status, self.headers = status, headers
-
-
-def check(key: str, value):
-    """The value of a key, if it is supported; of a text, a list. Raises Refusal."""
-    fits, must = value == NEUTRAL.get(key), "is not supported here"
-    if key in TEXTS:
-        value = [value] if isinstance(value, str) else value
-        fits = isinstance(value, list) and {*map(type, value)} <= {str} and len(value) <= TEXTS[key]
-        must = f"must be a string, or a list of at most {TEXTS[key]}"
-    if key in NUMBERS:
-        least, most = NUMBERS[key]
-        kinds = (int, float) if type(least) is float else (type(least),)
-        fits = type(value) in kinds and least <= value <= most
-        must = f"must be of type {kinds[-1].__name__}, from {least} to {most}"
-    if not fits:
-        raise Refusal(400, f"{key[:40]!r} {must}.", key[:40])
-    return value
+MAX_BODY = 16384  # bytes of a request
+QUEUE = 32  # stories that wait; and the most of a request
+CONNECTIONS = 256  # open at once; browsers hold some that they do not use
+KEEP_ALIVE = 30  # seconds; longer than clients keep a connection, or they send into one that is being closed
+POLL = 0.02  # seconds between two looks at what is new of a story
+READ = ["GET", "HEAD"]
+# The browser runs only what is marked with the nonce of this answer, and speaks to this server alone.
+POLICY = (
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
-def read_message(messages) -> str:
-    """The text of the only message of a chat. Raises Refusal."""
-    with contextlib.suppress(TypeError, KeyError, ValueError):
-        [message] = messages
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if message["role"] == "user" and all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)
-    raise Refusal(400, "Give one text of the user: no earlier turns, no system prompt.", "messages")
+def serve(args) -> None:
+    """Serve the stories of a checkpoint until a signal ends the process. Raises UserError."""
+    model, tokenizer, checkpoint = open_model(args.ckpt, args.device, args.dtype)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listener = socket.create_server((args.host, args.port), family=family)
+    except (OSError, OverflowError, UnicodeError) as e:
+        raise UserError(f"--host {args.host} --port {args.port}: {e}; choose another") from None
+    address, port = listener.getsockname()[:2]
+    hosts = []  # any
+    if ipaddress.ip_address(address).is_loopback:
+        hosts = ["localhost", "127.0.0.1", "[::1]", args.host]
+    scheduler = Scheduler(model, args.batch)
+    config = uvicorn.Config(
+        make_app(scheduler, tokenizer, checkpoint.get("template", ""), hosts, args),
+        http="h11",
+        ws="none",
+        log_level="error",
+        server_header=False,
+        proxy_headers=False,  # in which a visitor can name any address
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE,
+        headers=[("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")],
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # at once: a slow end may abort in PyTorch
+        signal.signal(number, lambda *_: os._exit(0))
+    threading.Thread(target=uvicorn.Server(config).run, args=([listener],), daemon=True).start()
+    name = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"serving stories at http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
+    # Not in the main thread: there OpenMP's threads spin while they wait for each other, and on a busy
+    # machine a step takes up to 20 times as long. An error of the model is raised here.
+    ThreadPoolExecutor(1).submit(scheduler.run).result()
 
 
-class Request:
-    """What is asked for. `choices` receives those of the answer. Raises Refusal."""
+def make_app(scheduler: Scheduler, tokenizer, template: str, hosts: list[str], args) -> FastAPI:
+    """What can be asked for by HTTP, and by whom."""
+    model = {"id": args.ckpt.resolve().name, "object": "model", "created": 0, "owned_by": ""}
+    restored: dict[str, float] = {}  # for each address: when it may send all requests of a minute again
 
-    def __init__(self, body: bytes, chat: bool, server: "Server"):
-        try:
-            asked = json.loads(body)
-            to_json(asked).encode()  # fails for half a character
-            options = asked.pop("stream_options", None) or {}
-            asked |= {f"stream_options.{key}": value for key, value in options.items()}
-        except (ValueError, RecursionError, AttributeError, TypeError):
-            raise Refusal(400, "The body and stream_options must be JSON objects.") from None
-        message = read_message(asked.pop("messages", None)) if chat else ""
-        asked = {key: check(key, value) for key, value in asked.items() if value is not None}
-        constraints = {name: "，".join(asked.get(key, [])) for name, key in NAMES.items()}
-        instruction = f"{message}\n{write_constraints(constraints)}".strip()
-        if (chat or instruction) and not server.template:
-            raise Refusal(400, "This model only continues a prompt.")
-        self.server = server
-        texts = server.template, instruction, "".join(asked.get("prompt", []))
-        self.prompt = encode_prompt(server.tokenizer, *texts)
-        if len(self.prompt) >= server.length:
-            raise Refusal(400, f"Too long: {server.length - 1} tokens fit.", "prompt")
-        self.n, self.best_of = asked.get("n", 1), asked.get("best_of", 1)
-        if self.n * self.best_of > MOST:
-            raise Refusal(400, f"n x best_of must be at most {MOST}.", "n")
-        self.constraints = read_constraints(instruction)
-        if self.best_of > 1 and not can_choose(self.constraints):
-            raise Refusal(400, "best_of chooses by words, a sentence, 对话.", "best_of")
-        self.chat, self.stream = chat, asked.get("stream", False)
-        self.include_usage = asked.get("stream_options.include_usage", False)
-        self.temperature, self.top_p = asked.get("temperature", 0.8), asked.get("top_p", 0.95)
-        self.stop = [text for text in asked.get("stop", []) if text]
-        new = min(asked.get(key, HUGE) for key in ("max_tokens", "max_completion_tokens"))
-        self.length = min(len(self.prompt) + new, server.length)  # with the prompt
-        self.start = story_start(server.tokenizer, self.prompt)
-        self.opening = server.tokenizer.decode(self.prompt[self.start :])
-        seed, total = asked.get("seed", random.randrange(1 << 31)), self.n * self.best_of
-        self.stories = [Story(self, i // self.best_of, seed + i) for i in range(total)]
-        self.choices = asyncio.Queue[dict]()
+    async def check_host(http: Request) -> None:
+        """Refuse the page of another site whose name was made to lead here (DNS rebinding)."""
+        host = re.sub(r":\d*$", "", http.headers.get("host", ""))
+        if hosts and host.lower() not in hosts:
+            raise Refusal(403, "Open this as localhost; for other names start it with --host 0.0.0.0.")
 
+    def count_request(address: str) -> None:
+        """Refuse more requests than --per_minute. After silence, all of a minute may come at once."""
+        now = time.monotonic()
+        then = max(now, restored.get(address, now)) + 60 / args.per_minute
+        wait = math.ceil(then - now - 60)
+        if wait > 0:
+            raise Refusal(429, f"Too many requests: wait {wait} s.", headers={"Retry-After": str(wait)})
+        restored[address] = then
 
-class Story:
-    """A story as far as it is generated: all tokens, the text after the prompt."""
+    # No openapi_url: the pages that show it load scripts from another site.
+    app = FastAPI(
+        openapi_url=None,
+        dependencies=[Depends(check_host)],
+        exception_handlers={HTTPException: send_error, ValidationError: send_validation_error},
+    )
+    if args.allow_origin:
+        cors = {"allow_origins": args.allow_origin, "allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **cors)
 
-    def __init__(self, request: Request, index: int, seed: int):
-        self.request, self.index, self.seed = request, index, seed
-        self.generator = torch.Generator(request.server.device).manual_seed(seed)
-        self.tokens, self.text = [*request.prompt], ""
-        self.finish_reason: str | None = None
+    @app.post("/v1/completions")
+    async def complete(http: Request):
+        return await answer(http, StoryRequest)
 
-    def add(self, token: int) -> None:
-        """Add a token. What can be sent now becomes a choice, or a piece of one."""
-        request, known = self.request, len(self.text)
-        tokenizer = request.server.tokenizer
-        self.tokens.append(token)
-        if token == tokenizer.eos_id():
-            self.finish_reason = "stop"
-        elif len(self.tokens) == request.length:
-            self.finish_reason = "length"
-        # All is decoded anew, as in sample.py. Half a character is held back,
-        text = tokenizer.decode(self.tokens[request.start :])
-        text = text[len(request.opening) :].rstrip("\ufffd")
-        if found := [text.index(stop) for stop in request.stop if stop in text]:
-            text, self.finish_reason = text[: min(found)], "stop"
-        elif not self.finish_reason:  # and what may begin a stop string
-            rests = [text[i:] for i in range(known, len(text))]
-            held = (rest for rest in rests if any(stop.startswith(rest) for stop in request.stop))
-            text = text.removesuffix(next(held, ""))
-        self.text = text
-        rivals = [story for story in request.stories if story.index == self.index]
-        if request.stream and request.best_of == 1:
-            if text[known:] or self.finish_reason:
-                request.choices.put_nowait(self.choice(text[known:]))
-        elif all(story.finish_reason for story in rivals):
-            best = max(rivals, key=Story.worth)
-            request.choices.put_nowait(best.choice(best.text))
+    @app.post("/v1/chat/completions")
+    async def chat(http: Request):
+        return await answer(http, ChatRequest)
 
-    def worth(self) -> float:
-        scores = score(self.request.constraints, self.request.opening + self.text)
-        return reward(scores | {"finished": float(self.finish_reason == "stop")})
+    async def answer(http: Request, kind: type[StoryRequest]):
+        count_request(http.scope["client"][0])
+        asked = kind.model_validate_json(await read_body(http))
+        instruction = read_instruction(asked, template)
+        prompts = [encode_prompt(tokenizer, template, instruction, beginning) for beginning in asked.prompt]
+        if max(map(len, prompts)) >= scheduler.max_length:
+            raise Refusal(400, f"Too long: {scheduler.max_length - 1} tokens fit.", "prompt")
+        choices = make_choices(asked, instruction, prompts, tokenizer)
+        if len(choices) * asked.best_of > QUEUE:
+            raise Refusal(400, f"At most {QUEUE} stories: prompts x n x best_of.", "n")
+        if len(choices) * asked.best_of + len(scheduler.waiting) > QUEUE:
+            raise Refusal(503, "Too many stories are waiting.", headers={"Retry-After": "5"})
+        head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model["id"]}
+        head["object"] = "text_completion"
+        if kind is ChatRequest:
+            head["object"] = "chat.completion.chunk" if asked.stream else "chat.completion"
+        if asked.stream:
+            events = stream(asked, head, choices, scheduler, http)
+            return StreamingResponse(events, media_type="text/event-stream")
+        parts = [part async for part in generate(asked, choices, scheduler, http) if part]
+        parts.sort(key=lambda part: part["index"])
+        return head | {"choices": parts, "usage": usage(asked, choices)}
 
-    def choice(self, text: str) -> dict:
-        """A choice in OpenAI's form; `seed` and `met` are additions."""
-        request = self.request
-        choice: dict = {"index": self.index, "seed": self.seed, "logprobs": None}
-        choice["finish_reason"] = self.finish_reason
-        if request.best_of > 1:
-            choice["met"] = findings(request.constraints, request.opening + text)
-        if not request.chat:
-            return choice | {"text": text}
-        role = {"role": "assistant"} if text == self.text else {}
-        return choice | {"delta" if request.stream else "message": role | {"content": text}}
+    @app.api_route("/v1/models", methods=READ)
+    @app.api_route("/v1/models/", methods=READ)
+    async def models():
+        return {"object": "list", "data": [model]}
+
+    @app.api_route("/v1/models/{name}", methods=READ)
+    async def model_of_name(name: str):
+        if name != model["id"]:
+            raise Refusal(404, f"There is only the model {model['id']}.", "model")
+        return model
+
+    @app.api_route("/health", methods=READ)
+    async def health():
+        return {"status": "ok"}
+
+    @app.api_route("/", methods=READ)
+    async def page():
+        nonce = secrets.token_urlsafe()
+        text = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+        text = text.replace("{{nonce}}", nonce).replace("{{tuned}}", "yes" if template else "no")
+        text = text.replace("{{parameters}}", str(scheduler.model.count_parameters()))
+        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY.replace("NONCE", nonce)})
+
+    return app
 
 
-class Server:
-    """The model, the waiting stories, the visitors."""
-
-    def __init__(self, model, tokenizer, template: str, args):
-        self.model, self.tokenizer, self.template, self.args = model, tokenizer, template, args
-        self.length = min(model.config.block_size, LONGEST)
-        self.device = model.embedding.weight.device
-        self.waiting, self.arrived = list[Story](), asyncio.Event()
-        self.connections, self.recent = 0, collections.Counter[str]()
-        self.names, self.name = set[str](), args.ckpt.resolve().name
-        page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
-        page = page.replace("{{tuned}}", "yes" if template else "no")
-        page = page.replace("{{parameters}}", str(model.count_parameters()))
-        self.policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'"
-        self.policy += "; form-action 'none'; frame-ancestors 'none'"
-        for tag in ("style", "script"):  # only what is in the page may run
-            inside = page.partition(f"<{tag}>")[2].rpartition(f"</{tag}>")[0]
-            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-            self.policy += f"; {tag}-src 'sha256-{digest}'"
-        self.page = page
-
-    async def serve(self) -> None:
-        host, port = self.args.host, self.args.port
-        try:
-            listener = await asyncio.start_server(self.visit, host, port)
-        except OSError as e:
-            raise UserError(f"--host {host} --port {port}: {e.strerror}; choose another") from None
-        address, port, *_ = listener.sockets[0].getsockname()
-        if address in ("127.0.0.1", "::1"):  # against DNS rebinding
-            self.names = {"localhost", "127.0.0.1", "[::1]", host}
-        name = f"[{host}]" if ":" in host else host
-        print(f"serving stories at http://{name}:{port}/ (Ctrl-C ends it)", flush=True)
-        await self.work()
-
-    async def visit(self, reader, writer) -> None:
-        """Answer one request, then close (HTTP/1.0)."""
-        writer.transport.set_write_buffer_limits(0)  # drain() waits for all
-        self.connections += 1
-        with contextlib.suppress(OSError, asyncio.TimeoutError, EOFError):  # gone
-            try:
-                await self.answer(reader, writer)
-            except Refusal as e:
-                await send(writer, to_json({"error": e.error}), e.status, **e.headers)
-                # Closed with bytes unread, it would be reset, and the answer lost.
-                writer.write_eof()
-                if self.connections <= CONNECTIONS:
-                    await asyncio.wait_for(reader.readexactly(1 << 20), PATIENCE)
-            finally:
-                self.connections -= 1
-                writer.transport.abort()
-
-    async def answer(self, reader, writer) -> None:
-        """Raises Refusal, before anything is sent."""
-        if self.connections > CONNECTIONS:
-            raise Refusal(503, "Too many connections.", retry_after=10)
-        address, *_ = writer.get_extra_info("peername") or ("",)
-        try:
-            path, body = await asyncio.wait_for(self.read(reader, address), PATIENCE)
-        except (asyncio.TimeoutError, EOFError):
-            raise Refusal(408, "The request did not arrive whole.") from None
-        if path == "/":
-            return await send(writer, self.page, 200, "text/html", content_security_policy=self.policy)
-        if path == "/v1/models":
-            model = {"id": self.name, "object": "model", "created": 0, "owned_by": ""}
-            return await send(writer, to_json({"object": "list", "data": [model]}), 200)
-        request = Request(body, "chat" in path, self)
-        if len(self.waiting) + len(request.stories) > WAITING:
-            raise Refusal(503, "Too many are waiting.", retry_after=10)
-        self.waiting += request.stories
-        self.arrived.set()
-        try:
-            await self.tell(request, reader, writer)
-        finally:
-            for story in request.stories:
-                story.finish_reason = story.finish_reason or "dropped"
-
-    async def read(self, reader, address: str) -> tuple[str, bytes]:
-        """The path and the body of a request. Raises Refusal."""
-        try:
-            line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            method, target, _ = line.split(" ")
-        except (asyncio.LimitOverrunError, ValueError):
-            raise Refusal(400, "This is no HTTP request.") from None
-        fields = (line.partition(":") for line in lines)
-        headers = {name.lower(): value.strip() for name, _, value in fields}
-        path = target.partition("?")[0]
-        if self.names and re.sub(r":\d*$", "", headers.get("host", "")).lower() not in self.names:
-            raise Refusal(403, "Open this page as localhost.")
-        if path not in PATHS:
-            raise Refusal(404, "There is no such page.")
-        if method != PATHS[path]:
-            raise Refusal(405, f"Only {PATHS[path]} here.", allow=PATHS[path])
-        if method == "GET":
-            return path, b""
-        if self.recent[address] >= self.args.per_minute:
-            raise Refusal(429, "Too many requests: wait a minute.", retry_after=60)
-        self.recent[address] += 1
-        asyncio.get_running_loop().call_later(60, self.recent.subtract, [address])
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # no other site's page can send it unasked
-            raise Refusal(415, "Content-Type must be application/json.")
-        length = headers.get("content-length", "")
-        if not re.fullmatch("[0-9]+", length):
-            raise Refusal(411, "Content-Length is missing.")
-        if len(length) > 9 or int(length) > LARGEST:
-            raise Refusal(413, f"Too large: at most {LARGEST} bytes.")
-        return path, await reader.readexactly(int(length))
-
-    async def tell(self, request: Request, reader, writer) -> None:
-        """Send the choices as they come, or all in the end."""
-        kind = "chat.completion" + ".chunk" * request.stream if request.chat else "text_completion"
-        head = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind}
-        head |= {"created": int(time.time()), "model": self.name}
-        if request.stream:
-            await send(writer, "", 200, "text/event-stream; charset=utf-8")
-        choices = list[dict]()
-        while sum(bool(choice["finish_reason"]) for choice in choices) < request.n:
-            try:
-                choices.append(await asyncio.wait_for(request.choices.get(), 1))
-                event = f"data: {to_json(head | {'choices': choices[-1:]})}\n\n"
-            except asyncio.TimeoutError:  # programs ignore a comment
-                ahead = [i for i, story in enumerate(self.waiting) if story in request.stories]
-                event = f': {{"ahead": {min(ahead, default=0)}}}\n\n'
-            if reader.at_eof():
-                raise ConnectionAbortedError
-            await send(writer, event if request.stream else "")
-        old = len(request.prompt)
-        new = sum(len(story.tokens) - old for story in request.stories)
-        usage = {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
-        if not request.stream:
-            choices.sort(key=lambda choice: choice["index"])
-            return await send(writer, to_json(head | {"choices": choices, "usage": usage}), 200)
-        if request.include_usage:
-            last = to_json(head | {"choices": [], "usage": usage})
-            await send(writer, f"data: {last}\n\n")
-        await send(writer, "data: [DONE]\n\n")
-
-    async def work(self) -> None:
-        """Generate forever, a token of each story at a time."""
-        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1)
-        steps, active = self.steps(), list[Story]()
-        next(steps)
-        while True:
-            await self.arrived.wait()
-            waiting = [story for story in self.waiting if not story.finish_reason]
-            new = waiting[: self.args.batch - len(active)]
-            self.waiting = waiting[len(new) :]
-            for story, token in await loop.run_in_executor(pool, steps.send, new):
-                if not story.finish_reason:
-                    story.add(token)
-            active = [story for story in active + new if not story.finish_reason]
-            if not active and not self.waiting:
-                self.arrived.clear()
-
-    @torch.inference_mode()
-    def steps(self):
-        """Receive the stories that join; yield every story with its next token."""
-        active = list[Story]()
-        cache = self.model.new_cache(0, self.length, self.model.embedding.weight.dtype)
-        new = yield []
-        while True:
-            stay = [i for i, story in enumerate(active) if not story.finish_reason]
-            if len(stay) < len(active):
-                active = [active[i] for i in stay]
-                for layer in cache:
-                    layer[:] = [kv[stay] for kv in layer]  # (B, K, S, D) each
-            logits = []
-            if active:
-                rows = [(story.tokens[-1], len(story.tokens) - 1) for story in active]
-                tokens, positions = torch.tensor(rows, device=self.device).split(1, dim=1)  # (B, 1)
-                # Attention pays for empty positions; in sample.py's steps, as sums round by size
-                size = round_up(max(len(story.tokens) for story in active))
-                filled = [[kv[:, :, :size] for kv in layer] for layer in cache]
-                logits += self.model(tokens, positions=positions, cache=filled)  # (1, V) each
-            if new:
-                joined = prefill(self.model, [story.tokens for story in new], self.length)
-                logits += joined[0][:, None]  # (1, V) each
-                for layer, more in zip(cache, joined[3], strict=True):
-                    layer[:] = map(torch.cat, zip(layer, more, strict=True))
-                active += new
-            drawn = [torch.empty(0, dtype=torch.long, device=self.device)]
-            for row, story in zip(logits, active, strict=True):
-                noise = random_noise(1, TOP_K, row.size(1), story.generator)
-                options = story.request.temperature, story.request.top_p, 1.0
-                drawn.append(sample_token(row, None, *options, noise))  # (1,)
-            new = yield list(zip(active, torch.cat(drawn).tolist(), strict=True))
+async def read_body(http: Request) -> str:
+    """The text of a request. Raises Refusal."""
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # The page of another site cannot send this type without a preflight.
+        raise Refusal(415, "Content-Type must be application/json.")
+    body = b""
+    try:
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise Refusal(413, f"Too large: at most {MAX_BODY} bytes.")
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise Refusal(400, f"The body is not UTF-8: see byte {e.start}.") from None
+    except ClientDisconnect:
+        raise Refusal(400, "The request did not arrive whole.") from None
 
 
-async def send(writer, text, status=0, kind="application/json", **headers) -> None:
-    """Send a part of an answer; the first part has a status."""
-    if status:
-        headers |= {"content_type": kind, "cache_control": "no-store", "x_content_type_options": "nosniff"}
-        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        first = f"HTTP/1.0 {status} {HTTPStatus(status).phrase}"
-        text = "\r\n".join((first, *lines, "", text))
-    writer.write(text.encode())
-    await asyncio.wait_for(writer.drain(), PATIENCE)
+def read_instruction(asked: StoryRequest, template: str) -> str:
+    """The instruction, or "" if there is none. Raises Refusal if it does not fit the model."""
+    instruction = asked.instruction()
+    if not template and (instruction or isinstance(asked, ChatRequest)):
+        raise Refusal(400, "This model only continues a prompt: it has not learned to follow instructions.")
+    if template and not instruction and not any(asked.prompt):
+        message = "Ask for something: words, features, a summary, a sentence, or give a prompt."
+        raise Refusal(400, message, "words")
+    if asked.best_of > 1 and not can_choose(read_constraints(instruction)):
+        raise Refusal(400, "best_of chooses by words, a sentence, 对话: ask for one of these.", "best_of")
+    return instruction
+
+
+async def send_error(http: Request, error: HTTPException):
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error"
+    if error.status_code >= 429:
+        kind = "rate_limit_error" if error.status_code == 429 else "server_error"
+    message = error.detail
+    if not isinstance(error, Refusal):  # FastAPI's own, as there is no such page
+        message = f"{http.method} {http.url.path}: {message}."
+    content = {"message": message, "type": kind, "param": getattr(error, "param", None), "code": None}
+    return JSONResponse({"error": content}, error.status_code, error.headers)
+
+
+async def send_validation_error(http: Request, error: ValidationError):
+    return await send_error(http, refusal_of(error))
+
+
+# ---- Answers, in OpenAI's form ---------------------------------------------------------------------
+
+
+class Choice:
+    """One of the answers to a request: the best of several stories, or the only one."""
+
+    def __init__(self, index: int, stories: list[Story], constraints: dict[str, str] | None):
+        self.index = index
+        self.stories = stories
+        self.constraints = constraints
+        self.sent = 0  # characters
+
+    def ended(self) -> bool:
+        return all(story.finish_reason for story in self.stories)
+
+    def best(self) -> Story:
+        if len(self.stories) == 1:
+            return self.stories[0]
+        return max(self.stories, key=self.reward)
+
+    def reward(self, story: Story) -> float:
+        scores = score(self.constraints, story.beginning + story.text)
+        scores["finished"] = float(story.finish_reason == "stop")
+        return reward(scores)
+
+    def new_text(self) -> str:
+        """The text that has not been sent."""
+        new = self.best().text[self.sent :]
+        self.sent += len(new)
+        return new
+
+
+def make_choices(asked: StoryRequest, instruction: str, prompts: list[list[int]], tokenizer) -> list[Choice]:
+    """n choices for each prompt, of best_of stories each; every story has the next seed."""
+    seed = random.randrange(2**31) if asked.seed is None else asked.seed
+    max_new_tokens = min(asked.max_tokens, asked.max_completion_tokens)
+    options = (asked.temperature, asked.top_p, asked.stop, max_new_tokens)
+    choices: list[Choice] = []
+    for prompt in prompts:
+        for _ in range(asked.n):
+            stories = [Story(tokenizer, prompt, seed + i, *options) for i in range(asked.best_of)]
+            choices.append(Choice(len(choices), stories, read_constraints(instruction)))
+            seed += asked.best_of
+    return choices
+
+
+async def generate(asked: StoryRequest, choices: list[Choice], scheduler: Scheduler, http: Request):
+    """Have the stories generated by the other thread, and look again and again at what is new.
+
+    Yields choices as they end, in a stream their pieces, and None after each look. Ends when all have ended,
+    or when the visitor has left.
+    """
+    stories = [story for choice in choices for story in choice.stories]
+    scheduler.submit(stories)
+    unfinished = list(choices)
+    try:
+        while unfinished and not await http.is_disconnected():
+            for choice in list(unfinished):
+                ended = choice.ended()  # asked before the text is read: then that is complete
+                if not ended and (asked.best_of > 1 or not asked.stream):
+                    continue
+                text = choice.new_text()
+                if text and asked.stream:
+                    yield part_of(asked, choice, text, None)
+                    text = ""
+                if ended:
+                    unfinished.remove(choice)
+                    yield part_of(asked, choice, text, choice.best().finish_reason)
+            yield None
+            await asyncio.sleep(POLL)
+    finally:
+        scheduler.cancel(stories)
+
+
+def part_of(asked: StoryRequest, choice: Choice, text: str, finish_reason: str | None) -> dict:
+    """A choice, or a piece of one. `seed` and `met` are additions to OpenAI's form."""
+    story = choice.best()
+    part: dict = {"index": choice.index, "logprobs": None, "finish_reason": finish_reason}
+    part["seed"] = story.seed
+    if asked.best_of > 1:
+        part["met"] = findings(choice.constraints, story.beginning + story.text)
+    message = {"content": text}
+    if choice.sent == len(text):  # the first piece
+        message["role"] = "assistant"
+    if not isinstance(asked, ChatRequest):
+        part["text"] = text
+    elif asked.stream:
+        part["delta"] = message
+    else:
+        part["message"] = message
+    return part
+
+
+async def stream(asked: StoryRequest, head: dict, choices: list[Choice], scheduler: Scheduler, http: Request):
+    """An answer as server-sent events. Comments, which programs ignore, say how many stories are ahead."""
+    first = choices[0].stories[0]
+    ahead = None
+    async for part in generate(asked, choices, scheduler, http):
+        if part:
+            yield event(head | {"choices": [part]})
+        elif scheduler.ahead_of(first) not in (None, ahead):
+            ahead = scheduler.ahead_of(first)
+            yield f': {{"ahead": {ahead}}}\n\n'
+    if asked.stream_options.include_usage:
+        yield event(head | {"choices": [], "usage": usage(asked, choices)})
+    yield "data: [DONE]\n\n"
+
+
+def event(content: dict) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def usage(asked: StoryRequest, choices: list[Choice]) -> dict:
+    """The tokens of all prompts and stories."""
+    prompts = sum(len(choice.stories[0].prompt) for choice in choices[:: asked.n])
+    stories = 0
+    for choice in choices:
+        stories += sum(len(story.tokens) - len(story.prompt) for story in choice.stories)
+    return {"prompt_tokens": prompts, "completion_tokens": stories, "total_tokens": prompts + stories}
+
+
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = Parser(description="Serve stories.", allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or the folder of a run")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for others in your network")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--batch", type=int, default=8, help="stories at a time")
-    parser.add_argument("--per_minute", type=int, default=30, help="requests of an address")
+    parser.add_argument("--per_minute", type=int, default=60, help="requests of an address")
+    parser.add_argument("--allow_origin", action="append", help="a site whose pages may use it; *: any")
     add_device_options(parser)
     args = parser.parse_args()
-    for key, least, most in (("port", 0, 65535), ("batch", 1, 256), ("per_minute", 1, 9999)):
+    for key, least, most in (("batch", 1, 256), ("per_minute", 1, 9999)):
         if not least <= getattr(args, key) <= most:
             raise UserError(f"--{key} {getattr(args, key)}: must lie between {least} and {most}")
-    server = Server(*open_model(args.ckpt, args), args)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a slow end may abort in PyTorch
-        signal.signal(number, lambda *_: os._exit(0))
-    asyncio.run(server.serve())
+    for origin in args.allow_origin or []:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/]+", origin):
+            raise UserError(f"--allow_origin {origin}: must be like http://localhost:3000, without a path")
+    serve(args)
 
 
 if __name__ == "__main__":
