@@ -1,7 +1,7 @@
 """The model: a decoder-only transformer with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-`GPT` is the whole; its parts stand above it, the fast paths below. Without `qk_norm` it computes exactly what Llama
-computes, with `qk_norm` what Qwen3 computes.
+`GPT` is the whole; its parts stand above it, the fast paths below. Without `qk_norm` it computes exactly what
+Llama computes, with `qk_norm` what Qwen3 computes.
 
 Letters in the shape comments: B sequences in a batch, T tokens in a sequence, C = n_embd,
 H = n_head, K = n_kv_head, D = head_dim, V = vocab_size, S positions in a KV cache.
@@ -52,7 +52,8 @@ def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     Position t rotates the pair (i, i + D/2) of every query and key by the angle t * theta^(-2i/D).
     The product of a rotated query and a rotated key depends only on the distance of their positions.
     """
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)  # (D/2,)
+    exponent = -torch.arange(0, config.head_dim, 2).float() / config.head_dim  # (D/2,)
+    frequency = config.rope_theta**exponent  # (D/2,)
     angle = torch.outer(torch.arange(config.block_size).float(), frequency)  # (block_size, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (block_size, D)
     return angle.cos(), angle.sin()
@@ -83,7 +84,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        # Norm and rotation in the dtype of the angles: float32 under autocast, bfloat16 if the whole model is.
+        # Norm and rotation in the dtype of the angles: float32 under autocast, else that of the model.
         q = self.q_norm(q.to(cos.dtype))  # (B, H, T, D)
         k = self.k_norm(k.to(cos.dtype))  # (B, K, T, D)
         q = rotate(q, cos, sin).to(v.dtype)  # (B, H, T, D)
@@ -163,10 +164,10 @@ class GPT(nn.Module):
     def hidden(self, tokens, documents=None, positions=None, cache=None):
         """The final hidden states, (B, T, C), of tokens, (B, T).
 
-        A token attends to itself and all tokens before it; with documents, (B, T), ids of texts, only to those of its
-        own text. positions, (B, T), default to 0, 1, 2, …
-        cache comes from `new_cache`. It needs positions: where the keys and values of the tokens are written, and how
-        far each token sees; positions after it may hold nothing yet, or padding.
+        A token attends to itself and all tokens before it; with documents, (B, T), ids of texts, only to
+        those of its own text. positions, (B, T), default to 0, 1, 2, …
+        cache comes from `new_cache`. It needs positions: where the keys and values of the tokens are written,
+        and how far each token sees; positions after it may hold nothing yet, or padding.
         """
         assert cache is None or (positions is not None and documents is None)
         if positions is None:
@@ -198,11 +199,11 @@ class GPT(nn.Module):
         return F.linear(x, self.embedding.weight)  # (B, T, V)
 
     def loss(self, tokens, targets, documents=None, positions=None):
-        """The cross entropy in nats, summed over all targets, (B, T), that are not IGNORE. Returns (), float32.
+        """The cross entropy in nats, summed over all targets, (B, T), that are not IGNORE: (), float32.
 
-        F.cross_entropy(self(tokens), targets, ignore_index=IGNORE, reduction="sum"), without all logits in memory.
-        A sum, so that the caller divides once, by all targets of a step: then each token weighs the same in whichever
-        micro-batch it is.
+        F.cross_entropy(self(tokens), targets, ignore_index=IGNORE, reduction="sum"), without all logits in
+        memory. A sum, so that the caller divides once, by all targets of a step: then each token weighs the
+        same in whichever micro-batch it is.
         """
         x = self.hidden(tokens, documents, positions).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()  # (B * T,)
@@ -292,9 +293,10 @@ def sum_of_losses(log_p, targets):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The summed cross entropy of x @ weight.T, (N, V), and targets, (N,).
 
-    The logits would be the largest tensor of a training step. Their gradient is known as soon as they are: softmax
-    minus one at the target. So forward turns each chunk of logits into gradients of x and weight, and drops it.
-    `F.linear_cross_entropy` does so too, but returns the sum in the dtype of x: too coarse in bfloat16.
+    The logits would be the largest tensor of a training step. Their gradient is known as soon as they are:
+    softmax minus one at the target. So forward turns each chunk of logits into gradients of x and weight, and
+    drops it. `F.linear_cross_entropy` does so too, but returns the sum in the dtype of x: too coarse in
+    bfloat16.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Turn stories into tokens: read, clean, drop duplicates, train a tokenizer, write token files.
 
-    python prepare.py                                       the embedded corpus, into data/demo
+    python prepare.py                                                      the embedded corpus -> data/demo
     python prepare.py stories.jsonl more/ --out_dir data/mine
     python prepare.py --download tinystories-zh --out_dir data/microstories
-    python prepare.py --task sft --tokenizer data/demo/tokenizer.model          instructions, into data/demo_sft
+    python prepare.py --task sft --tokenizer data/demo/tokenizer.model     instructions -> data/demo_sft
 
 Writes into out_dir, which appears complete or not at all:
     train.bin, val.bin   little-endian uint16 token ids, each story followed by the end token; for --task sft
@@ -72,7 +72,8 @@ def prepare(files: list[Path], out_dir: Path, args: argparse.Namespace) -> dict:
         model = make_tokenizer(files, args)
         tokenizer = load_tokenizer(model, args.tokenizer or "the new tokenizer")
         if not args.tokenizer and tokenizer.vocab_size() < args.vocab_size:
-            print(f"the corpus fills only {tokenizer.vocab_size():,} of the {args.vocab_size:,} pieces asked for")
+            found = f"{tokenizer.vocab_size():,} of the {args.vocab_size:,} pieces asked for"
+            print(f"the corpus fills only {found}")
         template = None
         prefixes: tuple[list[int], ...] = ([],)  # the control tokens before each part of a text
         if args.task == "sft":
@@ -154,8 +155,8 @@ def make_tokenizer(files: list[Path], args: argparse.Namespace) -> bytes:
 def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argparse.Namespace) -> list[str]:
     """About SAMPLE characters of training stories, a fair sample of all files whatever their order and size.
 
-    The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever they
-    are too many, the range above the limit is halved. Raises UserError if there are none.
+    The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever
+    they are too many, the range above the limit is halved. Raises UserError if there are none.
     """
     limit = int(args.val_fraction * DIGESTS)
     sample: dict[int, str] = {}
@@ -173,7 +174,9 @@ def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argpar
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909). Returns the model file. Raises UserError."""
+    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909). Returns the model file. Raises
+    UserError.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -208,7 +211,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def template_for(tokenizer) -> str:
-    """TEMPLATE; for a tokenizer without our control tokens, a template with its own begin token. Raises UserError."""
+    """TEMPLATE; for a tokenizer without our control tokens, a template with its own begin token. Raises
+    UserError.
+    """
     if all(tokenizer.is_control(tokenizer.piece_to_id(piece)) for piece in CONTROL_TOKENS):
         return TEMPLATE
     if tokenizer.bos_id() < 0 or not tokenizer.is_control(tokenizer.bos_id()):
@@ -219,7 +224,9 @@ def template_for(tokenizer) -> str:
 # ---- The token files -------------------------------------------------------------------------------
 
 
-def write_bins(files: list[Path], folder: Path, model: bytes, prefixes: tuple, args: argparse.Namespace) -> dict:
+def write_bins(
+    files: list[Path], folder: Path, model: bytes, prefixes: tuple, args: argparse.Namespace
+) -> dict:
     """Write the texts of the files to train.bin and val.bin, each text once. Returns what was counted.
 
     The digest of its story decides a text's split, whatever the order of files.
@@ -260,7 +267,9 @@ def write_bins(files: list[Path], folder: Path, model: bytes, prefixes: tuple, a
                 counts[split]["characters"] += text.characters
                 counts[split]["bytes"] += text.utf8_bytes
     if remarks["control"]:
-        print(f"{remarks['control']:,} texts spell a control token, which stays text: {examples['control']!r}")
+        print(
+            f"{remarks['control']:,} texts spell a control token, which stays text: {examples['control']!r}"
+        )
     changes = ""
     if remarks["changed"]:
         share = remarks["changed"] / total
@@ -295,8 +304,8 @@ def check_counts(counts: dict, files: list[Path], args: argparse.Namespace) -> N
 def first_story(folder: Path, end_token: int) -> list[int]:
     """The token ids of the first story of train.bin, up to its end token.
 
-    np.memmap reads only what is used, so that a file may be larger than memory. The next story begins behind the
-    end token; train.py cuts the file into sequences of block_size without looking at these borders.
+    np.memmap reads only what is used, so that a file may be larger than memory. The next story begins behind
+    the end token; train.py cuts the file into sequences of block_size without looking at these borders.
     """
     tokens = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
     story = []
@@ -319,7 +328,9 @@ def show_first_story(folder: Path) -> None:
 
 
 def decode_with_control_tokens(tokenizer, tokens: list[int]) -> str:
-    """The text of tokens. tokenizer.decode leaves control tokens out; here they show where an instruction ends."""
+    """The text of tokens. tokenizer.decode leaves control tokens out; here they show where an instruction
+    ends.
+    """
     text = ""
     run: list[int] = []  # tokens since the last control token
     for token in tokens:
@@ -482,20 +493,34 @@ def difference(text: str, decoded: str) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Turn stories into tokens.", allow_abbrev=False)
-    parser.add_argument("inputs", type=Path, nargs="*", metavar="INPUT", help="files, folders, globs (default: ours)")
-    parser.add_argument("--task", choices=("pretrain", "sft"), default="pretrain", help="stories, or instructions")
-    parser.add_argument("--augment", type=int, default=1, help="sft: differently ordered instructions for a story")
+    parser.add_argument(
+        "inputs", type=Path, nargs="*", metavar="INPUT", help="files, folders, globs (default: ours)"
+    )
+    parser.add_argument(
+        "--task", choices=("pretrain", "sft"), default="pretrain", help="stories, or instructions"
+    )
+    parser.add_argument(
+        "--augment", type=int, default=1, help="sft: differently ordered instructions for a story"
+    )
     parser.add_argument("--download", choices=DATASETS, help="fetch this dataset and prepare it")
     parser.add_argument("--out_dir", type=Path, help="default: data/demo, or data/ and the dataset's name")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="pieces of the tokenizer (at most 65536)")
+    parser.add_argument(
+        "--vocab_size", type=int, default=8192, help="pieces of the tokenizer (at most 65536)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
-    parser.add_argument("--allow_lossy_tokenizer", action="store_true", help="even if it changes over 1%% of the texts")
+    parser.add_argument(
+        "--allow_lossy_tokenizer", action="store_true", help="even if it changes over 1%% of the texts"
+    )
     parser.add_argument("--val_fraction", type=float, default=0.01, help="share of the stories held out")
     parser.add_argument("--text_key", help="where a record has its story (default: story_zh)")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one for each core)")
+    parser.add_argument(
+        "--workers", type=int, default=usable_cores(), help="processes (default: one for each core)"
+    )
     args = parser.parse_args()
     if not 263 <= args.vocab_size <= 65536:
-        raise UserError(f"--vocab_size {args.vocab_size}: must lie between 263 (every byte) and 65536 (uint16)")
+        raise UserError(
+            f"--vocab_size {args.vocab_size}: must lie between 263 (every byte) and 65536 (uint16)"
+        )
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
     if args.workers < 1:
@@ -544,7 +569,9 @@ def main() -> None:
         for split in ("train", "val"):
             count = meta[split]
             unit = "examples" if args.task == "sft" else "stories"
-            size = f"{count['stories']:,} {unit}, {count['characters']:,} characters, {count['tokens']:,} tokens"
+            size = (
+                f"{count['stories']:,} {unit}, {count['characters']:,} characters, {count['tokens']:,} tokens"
+            )
             ratio = count["characters"] / count["tokens"]
             print(f"{args.out_dir}/{split}.bin: {size} ({ratio:.2f} characters a token)")
         if meta["tokenizer_changes"]:

@@ -46,15 +46,15 @@ def generate(
 ):
     """Continue every prompt, all as one batch. Yields the next token of each sequence, (B,), step by step.
 
-    Prompts may differ in length; none may be empty. A sequence that has ended yields end_token. Stops when all have
-    ended, after max_new_tokens, or when the longest sequence reaches block_size. Compiling takes ten seconds first,
-    on a GPU 25; a single sequence then takes a third of the time, on a GPU an eighth.
+    Prompts may differ in length; none may be empty. A sequence that has ended yields end_token. Stops when
+    all have ended, after max_new_tokens, or when the longest sequence reaches block_size. Compiling takes ten
+    seconds first, on a GPU 25; a single sequence then takes a third of the time, on a GPU an eighth.
     """
     longest = max(len(prompt) for prompt in prompts)
     end = min(longest + max_new_tokens, model.config.block_size)
-    # Decoding one token is so little work for a GPU that launching its kernels takes longer than running them. A
-    # CUDA graph launches them all at once. It needs tensors of fixed address and size, so its cache has full size
-    # from the start. Elsewhere the cache grows: attention pays for empty positions too.
+    # Decoding one token is so little work for a GPU that launching its kernels takes longer than running
+    # them. A CUDA graph launches them all at once. It needs tensors of fixed address and size, so its cache
+    # has full size from the start. Elsewhere the cache grows: attention pays for empty positions too.
     use_cuda_graph = compile and model.embedding.weight.is_cuda
     cache_size = round_up(end if use_cuda_graph else longest)
     logits, last, seen, cache = prefill(model, prompts, cache_size)
@@ -94,11 +94,11 @@ def generate(
 
 
 def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
-    """Process all prompts in one forward pass. Returns the logits after each, (B, V), the position of its last token,
-    (B,), which tokens have occurred, (B, V), and the KV cache.
+    """Process all prompts in one forward pass. Returns the logits after each, (B, V), the position of its
+    last token, (B,), which tokens have occurred, (B, V), and the KV cache.
 
-    Shorter prompts are padded on the right. The cache for prompts of 3 and 5 tokens (p: padding, .: empty, 1 and 2:
-    new tokens):
+    Shorter prompts are padded on the right. The cache for prompts of 3 and 5 tokens (p: padding, .: empty, 1
+    and 2: new tokens):
 
         position             0 1 2 3 4 5 6
         after prefill        a b c p p . .    last 2
@@ -106,7 +106,8 @@ def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
         after two steps      a b c 1 2 . .    last 4
                              d e f g h 1 2    last 6
 
-    A token attends only to positions up to its own. New tokens overwrite the padding before any token sees it.
+    A token attends only to positions up to its own. New tokens overwrite the padding before any token sees
+    it.
     """
     device = model.embedding.weight.device
     longest = max(len(prompt) for prompt in prompts)
@@ -127,11 +128,13 @@ def draw_noise(batch_size: int, top_k: int, vocab_size: int, generator: torch.Ge
     return torch.empty(batch_size, k, device=generator.device).exponential_(generator=generator)
 
 
-def sample_token(logits, seen, temperature: float, top_p: float, repetition_penalty: float, noise) -> torch.Tensor:
+def sample_token(
+    logits, seen, temperature: float, top_p: float, repetition_penalty: float, noise
+) -> torch.Tensor:
     """The next token of each sequence, (B,), from logits, (B, V). seen, (B, V): which tokens have occurred.
 
-    noise, (B, k): only the k most likely tokens remain, and of these the fewest that hold top_p of the probability
-    (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0, or near it, the most likely token.
+    noise, (B, k): only the k most likely tokens remain, and of these the fewest that hold top_p of the
+    probability (Holtzman et al. 2020, arXiv:1904.09751). At temperature 0, or near it, the most likely token.
     """
     if repetition_penalty != 1.0:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1
         penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -142,8 +145,8 @@ def sample_token(logits, seen, temperature: float, top_p: float, repetition_pena
     p = values.softmax(dim=-1)  # (B, k)
     held_before = p.cumsum(dim=-1) - p  # (B, k), the probability of the tokens that are more likely
     p = p.masked_fill(held_before >= top_p, 0)
-    # The largest of p / e, e from Exponential(1), is token i with probability p[i]. torch.multinomial would wait
-    # for the device.
+    # The largest of p / e, e from Exponential(1), is token i with probability p[i]. torch.multinomial would
+    # wait for the device.
     chosen = (p / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
     return tokens.gather(1, chosen)[:, 0]  # (B,)
 
@@ -169,9 +172,13 @@ def compile_decode(model: GPT, cache: list, use_cuda_graph: bool):
                 torch._dynamo.mark_dynamic(tensor, 2)
     device = model.embedding.weight.device
     if device.type == "cpu":
-        from torch._inductor import config as compiler_config  # imported here: it takes as long as PyTorch itself
+        # Imported here: it takes as long as PyTorch itself.
+        from torch._inductor import (
+            config as compiler_config,
+        )
 
-        # A vector times a matrix is bound by reading the matrix: a fused loop does it up to three times as fast.
+        # A vector times a matrix is bound by reading the matrix: a fused loop does it up to three times as
+        # fast.
         limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
         compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
     return try_compile(model, device, "reduce-overhead" if use_cuda_graph else None)
@@ -180,10 +187,13 @@ def compile_decode(model: GPT, cache: list, use_cuda_graph: bool):
 # ---- Text ------------------------------------------------------------------------------------------
 
 
-def sample_stories(model, tokenizer, prompts: list[list[int]], write=None, **options) -> list[tuple[str, bool]]:
+def sample_stories(
+    model, tokenizer, prompts: list[list[int]], write=None, **options
+) -> list[tuple[str, bool]]:
     """A story for each prompt, with the beginning that the prompt gives, and whether it has reached its end.
 
-    All are one batch. The first story is passed to `write` piece by piece as it is generated. Raises UserError.
+    All are one batch. The first story is passed to `write` piece by piece as it is generated. Raises
+    UserError.
     """
     for prompt in prompts:
         if len(prompt) >= model.config.block_size:
@@ -200,13 +210,15 @@ def sample_stories(model, tokenizer, prompts: list[list[int]], write=None, **opt
             else:
                 stories[i].append(token)
         if write:
-            # The whole story is decoded anew and its new characters are written: the text of a token alone can differ
-            # from its text inside a story, and a rare character takes several tokens.
+            # The whole story is decoded anew and its new characters are written: the text of a token alone
+            # can differ from its text inside a story, and a rare character takes several tokens.
             text = tokenizer.decode(stories[0])
             if not text.endswith("\ufffd"):  # an incomplete character
                 write(text[n_written:])
                 n_written = len(text)
-    texts = [tokenizer.decode(story).rstrip("\ufffd") for story in stories]  # max_new_tokens may cut a character
+    texts = [
+        tokenizer.decode(story).rstrip("\ufffd") for story in stories
+    ]  # max_new_tokens may cut a character
     if write:
         write(texts[0][n_written:])
     return list(zip(texts, finished, strict=True))
@@ -263,7 +275,9 @@ def write_now(text: str) -> None:
 
 
 def print_best_stories(model, tokenizer, prompt, constraints, num: int, best_of: int, options: dict) -> None:
-    """Print `num` stories, each the best of `best_of`, by the rules of stories/rewards.py. Raises UserError."""
+    """Print `num` stories, each the best of `best_of`, by the rules of stories/rewards.py. Raises
+    UserError.
+    """
     if not can_choose(constraints):
         known = "--words, --sentence or --features 对话"
         raise UserError(f"--best_of {best_of}: nothing to choose by; it counts what {known} ask for")
@@ -287,7 +301,9 @@ def print_best_stories(model, tokenizer, prompt, constraints, num: int, best_of:
 
 
 def batch_sizes(total: int) -> tqdm:
-    """The sizes of batches for `total` stories, so that they fit in memory; with a bar if they are several."""
+    """The sizes of batches for `total` stories, so that they fit in memory; with a bar if they are
+    several.
+    """
     sizes = [min(BATCH, total - first) for first in range(0, total, BATCH)]
     return tqdm(sizes, unit="batch", delay=1e-3, leave=False, disable=None if len(sizes) > 1 else True)
 
@@ -329,7 +345,9 @@ def ask(names: list[str]):
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Sample stories from a checkpoint.", allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest"
+    )
     beginning = parser.add_mutually_exclusive_group()
     beginning.add_argument("--prompt", default="", help="how the stories begin")
     beginning.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")
@@ -338,13 +356,19 @@ def parse_arguments() -> argparse.Namespace:
         if key in ("words", "features"):
             how += ", separated by , ， 、 ; or ； (not by spaces)"
         parser.add_argument(f"--{key}", default="", help=how)
-    parser.add_argument("--instruction", default="", help="an instruction in your own words, instead of these")
+    parser.add_argument(
+        "--instruction", default="", help="an instruction in your own words, instead of these"
+    )
     parser.add_argument("--num", type=int, help="stories to sample (default: 3; with --best_of 1)")
-    parser.add_argument("--best_of", type=int, default=1, metavar="N", help="sample N for each story, show the best")
+    parser.add_argument(
+        "--best_of", type=int, default=1, metavar="N", help="sample N for each story, show the best"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
     add_device_options(parser)
-    parser.add_argument("--interactive", action="store_true", help="ask again and again; Enter skips, Ctrl-D ends")
+    parser.add_argument(
+        "--interactive", action="store_true", help="ask again and again; Enter skips, Ctrl-D ends"
+    )
     args = parser.parse_args()
     if args.num is None:
         args.num = 3 if args.best_of == 1 else 1
@@ -354,7 +378,9 @@ def parse_arguments() -> argparse.Namespace:
     if not args.instruction:
         args.instruction = write_constraints({name: getattr(args, key) for name, key in NAMES.items()})
     if args.interactive and (args.instruction or args.prompt or args.prompt_file):
-        raise UserError("--interactive asks for the prompt and for what a story must have; leave those options out")
+        raise UserError(
+            "--interactive asks for the prompt and for what a story must have; leave those options out"
+        )
     if args.prompt_file:
         try:
             args.prompt = args.prompt_file.read_text(encoding="utf-8-sig").rstrip("\n")

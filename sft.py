@@ -5,8 +5,8 @@
     python sft.py config/demo_sft.py --out_dir=out/trial --lora_rank=8        only adapters
     python sft.py config/demo_sft.py --out_dir=out/trial --merge=True         merge them
 
-The loop is `train.train`. New here: LoRA, and the data. Several examples are packed into a sequence, none of which
-attends to another, and only the tokens of the responses count in the loss.
+The loop is `train.train`. New here: LoRA, and the data. Several examples are packed into a sequence, none of
+which attends to another, and only the tokens of the responses count in the loss.
 """
 
 import bisect
@@ -34,7 +34,7 @@ from train import LoopSettings, ShuffledDataset, open_tokens, read_meta, train
 class Settings(LoopSettings):
     """The loop's settings, where the weights come from, and what is trained."""
 
-    init_from: str = setting("out/demo", path=True)  # the pretrained checkpoint, or a run's folder for its newest
+    init_from: str = setting("out/demo", path=True)  # the pretrained checkpoint, or the folder of its run
     lora_rank: int = setting(0, fixed=True)  # 0: train every weight; else only adapters of this rank
     lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
     merge: bool = False  # only write out_dir/merged.pt, the adapters merged
@@ -54,9 +54,9 @@ def tune(s: Settings) -> None:
     model = build_model(checkpoint, source)
 
     meta, template, response_token = open_examples(folder, source, checkpoint)
-    max_length = model.config.block_size
-    train_data = PackedSFTDataset(folder / "train.bin", meta, response_token, s.block_size, max_length, s.seed)
-    val_data = PackedSFTDataset(folder / "val.bin", meta, response_token, s.block_size, max_length)
+    sizes = (s.block_size, model.config.block_size)
+    train_data = PackedSFTDataset(folder / "train.bin", meta, response_token, *sizes, s.seed)
+    val_data = PackedSFTDataset(folder / "val.bin", meta, response_token, *sizes)  # the same for every seed
     if run.rank() == 0:
         print(train_data.describe())
         print(val_data.describe())
@@ -65,7 +65,7 @@ def tune(s: Settings) -> None:
     if s.lora_rank > 0:
         add_lora(model, s.lora_rank, s.lora_alpha)
         metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    middle = val_data.packed[len(val_data.packed) // 2]  # an example of middle length, as the longest come first
+    middle = val_data.packed[len(val_data.packed) // 2]  # of middle length, as the longest come first
     instruction, _ = val_data.example(middle)
     train(s, model, train_data, val_data, metadata, prompt=instruction.tolist())
 
@@ -78,9 +78,11 @@ def open_examples(folder: Path, source: Path, checkpoint: dict) -> tuple[dict, s
     meta, tokenizer = read_meta(folder)
     template = meta.get("template")
     if not isinstance(template, str):
-        raise UserError(f"{folder}: holds stories, not instructions; run prepare.py --task sft --out_dir {folder}")
+        found = "holds stories, not instructions"
+        raise UserError(f"{folder}: {found}; run prepare.py --task sft --out_dir {folder}")
     if tokenizer != checkpoint["tokenizer"]:
-        raise UserError(f"{folder}: prepared with another tokenizer than {source}'s; prepare it again with that one")
+        found = f"prepared with another tokenizer than {source}'s"
+        raise UserError(f"{folder}: {found}; prepare it again with that one")
     _, after_instruction = template_tokens(template, load_tokenizer(tokenizer, folder))
     return meta, template, after_instruction[0]
 
@@ -91,17 +93,19 @@ def open_examples(folder: Path, source: Path, checkpoint: dict) -> tuple[dict, s
 class PackedSFTDataset(ShuffledDataset):
     """A .bin file of instructions and responses, packed into sequences of block_size tokens.
 
-    Two examples in one sequence (E: end token, U and A: the control tokens of the template, a b c d e f: text):
+    Two examples in one sequence (E: end token; U, A: control tokens of the template; a to f: text):
 
-        tokens      E U a b A c d  E U e A f  E E     (each example begins with the end of another, as in sampling)
+        tokens      E U a b A c d  E U e A f  E E     (each begins with the end of another, as in sampling)
         targets     - - - - c d E  - - - f E  - -     (-: IGNORE)
-        documents   7 7 7 7 7 7 7  2 2 2 2 2 -1 -1    (the index of the example: attention stays inside it)
+        documents   7 7 7 7 7 7 7  2 2 2 2 2 -1 -1    (the index of the example: attention stays inside)
         positions   0 1 2 3 4 5 6  0 1 2 3 4  0 0
 
     The prompt is no target: who asks writes it, and the model shall learn to answer, not to ask.
     """
 
-    def __init__(self, path: Path, meta: dict, response_token: int, block_size: int, max_length: int, seed: int = 0):
+    def __init__(
+        self, path: Path, meta: dict, response_token: int, block_size: int, max_length: int, seed: int = 0
+    ):
         """max_length: the most tokens of an example that the model can read. Raises UserError."""
         self.tokens = open_tokens(path, meta)
         self.end_token = meta["end_token"]
@@ -109,7 +113,8 @@ class PackedSFTDataset(ShuffledDataset):
         self.example_starts = np.append(0, self.example_ends[:-1])
         self.response_starts = np.flatnonzero(self.tokens == response_token) + 1
         if not len(self.response_starts) == len(self.example_ends) > 0:
-            raise UserError(f"{path}: not instructions and responses in turn; run prepare.py --task sft again")
+            found = "not instructions and responses in turn"
+            raise UserError(f"{path}: {found}; run prepare.py --task sft again")
         lengths = self.example_ends - self.example_starts
         self.max_length = min(block_size, max_length)
         fitting = np.flatnonzero(lengths <= self.max_length)
@@ -162,7 +167,7 @@ class PackedSFTDataset(ShuffledDataset):
 def pack(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Best-fit packing: each example, longest first, goes into the fullest sequence that has space for it.
 
-    Returns the indices of the examples, sequence after sequence, and where each sequence begins (and the last ends).
+    Returns the indices of the examples, sequence after sequence, and where each sequence begins, and the end.
     """
     sequence_of = np.zeros(len(lengths), dtype=np.int64)  # for each example
     n_sequences = 0
@@ -203,7 +208,7 @@ class LowRank(nn.Module):
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
         super().__init__()
         self.scale = alpha / rank
-        start = torch.randn(rank, weight.size(1)) / math.sqrt(rank)  # (rank, in), on the CPU: as on every device
+        start = torch.randn(rank, weight.size(1)) / math.sqrt(rank)  # (rank, in), the same on every device
         self.A = nn.Parameter(start.to(weight))
         self.B = nn.Parameter(weight.new_zeros(weight.size(0), rank))
 

@@ -6,8 +6,8 @@
     python train.py config/demo.py --minutes=5                                not repeatable bit for bit
     torchrun --standalone --nproc_per_node=2 train.py config/microstories.py  on two GPUs
 
-sft.py and tools/dpo.py call `train` with other data or another loss. What keeps a run in order, and a first reader may
-skip, is in common/run.py: the processes of torchrun, signals, logs, checks.
+sft.py and tools/dpo.py call `train` with other data or another loss. What keeps a run in order, and a first
+reader may skip, is in common/run.py: the processes of torchrun, signals, logs, checks.
 """
 
 import collections
@@ -94,9 +94,9 @@ class Settings(LoopSettings):
 def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, prompt=None) -> None:
     """Train `model` in place; write checkpoints and metrics.jsonl to out_dir. Raises UserError.
 
-    loss_fn(model, batch) returns sums over a batch: "loss", and other metrics to log (default: next_token_loss).
-    `metadata` goes into every checkpoint: the tokenizer's bytes and what else sampling needs. `prompt`, tokens, begins
-    the sample stories.
+    loss_fn(model, batch) returns sums over a batch: "loss", and other metrics to log (default:
+    next_token_loss). `metadata` goes into every checkpoint: the tokenizer's bytes and what else sampling
+    needs. `prompt`, tokens, begins the sample stories.
     """
     started_at = time.perf_counter()
     is_main_process = run.rank() == 0
@@ -116,7 +116,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
     model.to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model, s, dtype)
-    # float16 gradients are scaled, or the small ones would become 0. With another dtype the scaler does nothing.
+    # float16 gradients are scaled, or the small ones would become 0. Otherwise the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = 0  # steps that are done
     seconds_before = 0.0  # that an earlier process has trained
@@ -155,8 +155,8 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()  # ()
         next_batch = get_batch(train_data, step + 1, s, device)  # while the device still computes
-        # Why not DistributedDataParallel: it would wrap the model, and transfer gradients during the last backward
-        # pass. One transfer after all micro-batches gives the same sums.
+        # Why not DistributedDataParallel: it would wrap the model, and transfer gradients during the last
+        # backward pass. One transfer after all micro-batches gives the same sums.
         gradients = [p.grad for p in trainable if p.grad is not None]
         run.all_reduce(*sums.values(), *gradients)
 
@@ -167,7 +167,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.grad_clip or math.inf)  # (), before clipping
-        overflowed = scaler.is_enabled() and not grad_norm.isfinite()  # in float16: then no optimizer takes the step
+        overflowed = scaler.is_enabled() and not grad_norm.isfinite()  # float16: then no optimizer steps
         for optimizer in optimizers:
             if not overflowed:
                 scaler.step(optimizer)
@@ -246,7 +246,7 @@ def read_meta(folder: Path) -> tuple[dict, bytes]:
 
 
 def open_tokens(path: Path, meta: dict) -> np.ndarray:
-    """The tokens of a .bin file, memory-mapped: read from the disk where they are needed. Raises UserError."""
+    """The tokens of a .bin file, memory-mapped: read from the disk where needed. Raises UserError."""
     size = path.stat().st_size
     expected = 2 * meta[path.stem]["tokens"]  # uint16: two bytes each
     if size != expected or size == 0:
@@ -400,9 +400,9 @@ def learning_rate_at(progress: float, s: LoopSettings) -> float:
 def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters; or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon is for maps from vectors to vectors. The embedding is none: it looks rows up. It is also the output matrix,
-    which is a map, but as both are one matrix, AdamW has it. With LoRA (sft.py) Muon has the matrices A and B.
-    `dtype` is that of the matrix products.
+    Muon is for maps from vectors to vectors. The embedding is none: it looks rows up. It is also the output
+    matrix, which is a map, but as both are one matrix, AdamW has it. With LoRA (sft.py) Muon has the matrices
+    A and B. `dtype` is that of the matrix products.
     """
     muon_matrices = []
     other_matrices = []
@@ -430,20 +430,21 @@ def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[tor
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose updates are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Nesterov momentum with orthogonal updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A gradient is large in few directions; an orthogonal update moves the weights equally in all. For a matrix W with
-    gradient G, momentum mu, learning rate lr and weight decay wd:
+    A gradient is large in few directions; an orthogonal update moves the weights equally in all. For a matrix
+    W with gradient G, momentum mu, learning rate lr and weight decay wd:
 
         buffer    = mu * buffer + (1 - mu) * G
         direction = orthogonalize(mu * buffer + (1 - mu) * G)          Nesterov: one step of momentum ahead
         W         = (1 - lr * wd) * W - lr * scale * direction         scale = 0.2 * sqrt(max(rows, columns))
 
-    With this scale (Liu et al. 2025, arXiv:2502.16982, equation 4) it takes AdamW's learning rate and weight decay.
-    Unlike `torch.optim.Muon` it takes all matrices of a shape together, and in `dtype`: bfloat16 is slow on many CPUs.
+    With this scale (Liu et al. 2025, arXiv:2502.16982, equation 4) it takes AdamW's learning rate and weight
+    decay. Unlike `torch.optim.Muon` it takes all matrices of a shape together, and in `dtype`: bfloat16 is
+    slow on many CPUs.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype):
+    def __init__(self, matrices: list, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
 
@@ -463,7 +464,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(direction, alpha=-group["lr"] * scale)
 
     def update_buffer(self, p, momentum: float) -> torch.Tensor:
-        """Add the gradient to the momentum of a matrix. Returns mu * buffer + (1 - mu) * G, (rows, columns)."""
+        """Add the gradient to the momentum of a matrix. Returns mu * buffer + (1 - mu) * G."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -476,8 +477,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Matrices near x, (N, rows, columns), with all singular values near 1.
 
-    Five Newton-Schulz iterations: each maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, which moves
-    values between 0.01 and 1 to somewhere between 0.68 and 1.13.
+    Five Newton-Schulz iterations: each maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5,
+    which moves values between 0.01 and 1 to somewhere between 0.68 and 1.13.
     """
     is_tall = x.size(1) > x.size(2)
     if is_tall:
@@ -485,7 +486,8 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = y @ y.mT
-        polynomial = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)  # -4.775 s^2 + 2.0315 s^4
+        # With singular values: polynomial is -4.775 s^2 + 2.0315 s^4, y becomes 3.4445 s + polynomial * s.
+        polynomial = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
         y = torch.baddbmm(y, polynomial, y, beta=3.4445)
     return y.mT if is_tall else y
 
@@ -494,7 +496,7 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
 
 def next_token_loss(model: GPT, batch: dict) -> dict[str, torch.Tensor]:
-    """The summed loss of a batch. A sum, as a mean would weigh a token by the micro-batch it is in (see GPT.loss)."""
+    """The summed loss of a batch. With a mean, a token's weight would depend on its micro-batch."""
     return {"loss": model.loss(**batch)}
 
 
@@ -508,10 +510,10 @@ def mean_of_each(recent: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, s: LoopSettings, autocast) -> dict[str, float]:
+def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, s, autocast) -> dict[str, float]:
     """The means of the metrics on s.eval_sequences of the validation data, with val_ before their names.
 
-    A loss of text itself is also given as perplexity, and in bits per character, which do not depend on the tokenizer.
+    The loss of text is also given as perplexity, and in bits per character.
     """
     device = model.embedding.weight.device
     n_sequences = min(s.eval_sequences, len(data))
@@ -520,7 +522,7 @@ def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, s: LoopSetti
     n_characters = 0
     for first in range(0, n_sequences, s.batch_size):
         batch = data.batch(first, s.batch_size)
-        batch["targets"][n_sequences - first :] = IGNORE  # a batch of the same shape needs no other compiled program
+        batch["targets"][n_sequences - first :] = IGNORE  # the shape stays: nothing is compiled anew
         with autocast:
             metrics = loss_fn(model, move(batch, device))
         for name, value in metrics.items():
@@ -543,7 +545,7 @@ def print_validation(step: int, metrics: dict[str, float]) -> None:
 
 @torch.no_grad()
 def print_sample(model: GPT, tokenizer, prompt: list[int], seed: int) -> None:
-    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens. sample.py is faster (KV cache)."""
+    """Print a story, sampled at temperature 0.8 from the 50 most likely tokens (sample.py is faster)."""
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     story: list[int] = []
@@ -569,7 +571,7 @@ def print_sample(model: GPT, tokenizer, prompt: list[int], seed: int) -> None:
 def save(s, model: GPT, optimizers: list, scaler, step: int, seconds: float, metadata: dict) -> None:
     """Write a checkpoint to out_dir: it is there whole, or not at all. Remove all but the two newest.
 
-    It does not depend on the device or the number of processes: a run on one GPU may continue on two, or on a CPU.
+    It depends neither on the device nor on the number of processes: a run may continue on two GPUs.
     """
     checkpoint = {
         "model": model.state_dict(),
@@ -591,7 +593,7 @@ def save(s, model: GPT, optimizers: list, scaler, step: int, seconds: float, met
 
 
 def restore(checkpoint: dict, model: GPT, optimizers: list, scaler) -> tuple[int, float]:
-    """Load what `save` has written into model, optimizers and scaler. Returns the steps and seconds that are done."""
+    """Load what `save` has written into model, optimizers and scaler. Returns the steps and seconds done."""
     model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)

@@ -1,7 +1,7 @@
 """Reading a checkpoint and choosing the hardware: what training, sampling and the tools share.
 
-A checkpoint is one file: weights, the model's shape and the tokenizer, so that it samples anywhere; and the optimizers,
-the step and the settings, so that training continues from it. `train.save` writes it.
+A checkpoint is one file: weights, the model's shape and the tokenizer, so that it samples anywhere; and the
+optimizers, the step and the settings, so that training continues from it. `train.save` writes it.
 """
 
 import math
@@ -28,7 +28,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict:
     """Load a checkpoint onto the CPU; only tensors and plain values are accepted, never code.
 
-    `path` is a file, or a folder for its newest one. Raises UserError. Damage is left to `python -m tools.check`.
+    `path` is a file, or a folder for its newest one. Raises UserError. Damage is left to `python -m
+    tools.check`.
     """
     if path.is_dir():
         checkpoints = find_checkpoints(path)
@@ -40,9 +41,13 @@ def read_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "model_config", "tokenizer", "step"} - checkpoint.keys()
-    except Exception as e:  # the unpickler of a damaged file can raise anything; PyTorch's advice is to run its code
+    except (
+        Exception
+    ) as e:  # the unpickler of a damaged file can raise anything; PyTorch's advice is to run its code
         reason = f"{type(e).__name__}: it is damaged, of another program, or holds code"
-        raise UserError(f"{path}: not a checkpoint that can be read ({reason}); is there an older one?") from None
+        raise UserError(
+            f"{path}: not a checkpoint that can be read ({reason}); is there an older one?"
+        ) from None
     if missing:
         raise UserError(f"{path}: not a checkpoint of this program ({min(missing)!r} is missing)")
     return checkpoint
@@ -139,7 +144,8 @@ def try_compile(function, device: torch.device, mode: str | None = None):
         errors = [line for line in lines if " error:" in line]
         reason = (errors or lines)[0]
         advice = "apt install g++ python3-dev, and a folder without spaces in its path, may help"
-        print(f"torch.compile does not work here ({reason:.150}); continuing without it, which is slower; {advice}")
+        found = f"torch.compile does not work here ({reason:.150})"
+        print(f"{found}; continuing without it, which is slower; {advice}")
         return function
     return torch.compile(function, mode=mode)
 

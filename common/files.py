@@ -58,10 +58,12 @@ def report_errors(main) -> None:
     except KeyboardInterrupt:
         message = "interrupted"
     except (RuntimeError, MemoryError) as e:
-        out_of_memory = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)  # on GPU, on CPU
+        # The first is PyTorch's error on a GPU, the second its message on a CPU.
+        out_of_memory = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)
         if isinstance(e, RuntimeError) and not out_of_memory:
             raise
-        message = f"out of memory ({(str(e) or 'none left').splitlines()[0]}); try a smaller batch_size or --num"
+        reason = (str(e) or "none left").splitlines()[0]
+        message = f"out of memory ({reason}); try a smaller batch_size or --num"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -100,9 +102,10 @@ def atomic_write(path: Path):
         sync_folder(path.parent)
     except BaseException as e:
         beside.unlink(missing_ok=True)
-        error = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the error of a full disk,
+        # torch.save raises a RuntimeError for a full disk; the OSError before it has no file name.
+        error = e.__context__ if isinstance(e, RuntimeError) else e
         if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # which has no file name
+            error.filename = error.filename or str(path)
             raise error from None
         raise
 
@@ -112,7 +115,9 @@ def resolve_folder(path: Path) -> Path:
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():
             target = os.readlink(part)
-            raise UserError(f"{part}: a link to {target}, which is not there; create that folder, or remove the link")
+            raise UserError(
+                f"{part}: a link to {target}, which is not there; create that folder, or remove the link"
+            )
         if part.exists() and not part.is_dir():
             raise UserError(f"{part}: not a folder; choose another --out_dir")
     return path.resolve()

@@ -23,7 +23,7 @@ from common.files import UserError, atomic_write, locked
 
 @contextlib.contextmanager
 def training(s):
-    """Run the body as one of torchrun's processes, or alone. The first process locks s.out_dir. Raises UserError."""
+    """Run the body as one of torchrun's processes, or alone. The first locks out_dir. Raises UserError."""
     configure_pytorch(s.deterministic)
     if started_by_torchrun():
         uses_cuda = choose_device(s.device).type == "cuda"
@@ -58,7 +58,8 @@ def started_by_torchrun() -> bool:
     for name in numbers:
         value = os.environ[name]
         if not value.isdecimal():
-            raise UserError(f"environment: {name} = {value!r} is not a number; start with torchrun, or unset {name}")
+            found = f"{name} = {value!r} is not a number"
+            raise UserError(f"environment: {found}; start with torchrun, or unset {name}")
     return True
 
 
@@ -73,7 +74,7 @@ def world_size() -> int:
 
 
 def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
-    """Sum each tensor over all processes, in place, in one transfer. Raises UserError if one has ended or hangs."""
+    """Sum each tensor over all processes, in place, in one transfer. Raises UserError if one is gone."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -81,14 +82,15 @@ def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
         dist.all_reduce(flat, op)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"another process has ended or hangs ({reason}); continue with --resume=True") from None
+        problem = f"another process has ended or hangs ({reason})"
+        raise UserError(f"{problem}; continue with --resume=True") from None
     sizes = [tensor.numel() for tensor in tensors]
     for tensor, total in zip(tensors, flat.split(sizes), strict=True):
         tensor.copy_(total.view_as(tensor))
 
 
 def agree_on_end(stop_requested: bool, seconds: float) -> tuple[bool, float]:
-    """Whether one of the processes has to stop, and the longest of their times: all must end after the same step."""
+    """Whether one of the processes has to stop, and the longest of their times: all end after one step."""
     both = torch.tensor([float(stop_requested), seconds], dtype=torch.float64)
     all_reduce(both, op=dist.ReduceOp.MAX)
     any_requested, longest = both.tolist()
@@ -98,7 +100,8 @@ def agree_on_end(stop_requested: bool, seconds: float) -> tuple[bool, float]:
 def agree_on_dtype(name: str, device: torch.device, saved: dict) -> str:
     """The type of the matrix products: that of the first process, for all. "auto" is the fastest.
 
-    On a CPU "auto" is measured, and differs from time to time: a run that continues from `saved` keeps its type.
+    On a CPU "auto" is measured, and differs from time to time: a run that continues from `saved` keeps its
+    type.
     """
     saved_name = saved.get("settings", {}).get("dtype")
     if name == "auto" and device.type == "cpu" and saved_name in ("float32", "bfloat16"):
@@ -134,7 +137,7 @@ def keep_freed_memory() -> None:
 
 
 def catch_signals() -> threading.Event:
-    """Let Ctrl-C, SIGTERM and a closed terminal set the event, which ends the run after the step, with a checkpoint.
+    """Let Ctrl-C, SIGTERM and a closed terminal set the event: the run saves and ends.
 
     A second signal ends it at once.
     """
@@ -170,7 +173,8 @@ def print_settings(s, model, train_data, step: int) -> None:
     print(f"{s.max_iters:,} steps are {epochs:.1f} epochs of {len(train_data):,} sequences")
     if s.warmup_iters >= s.max_iters:
         share = s.max_iters / s.warmup_iters
-        print(f"warmup_iters = {s.warmup_iters}: all steps are warm-up, up to {share:.0%} of learning_rate; lower it")
+        problem = f"all steps are warm-up, up to {share:.0%} of learning_rate"
+        print(f"warmup_iters = {s.warmup_iters}: {problem}; lower it")
     print(f"resuming at step {step:,}" if step else "starting from the beginning", flush=True)
 
 
@@ -199,9 +203,10 @@ def check_data(s, train_data, val_data) -> None:
 
 
 def check_same_run(saved: dict, s, model, metadata: dict) -> None:
-    """Raise a UserError if the checkpoint is of another model or other data, or has another `fixed` setting."""
+    """Raise a UserError if the checkpoint is of another model or data, or has another `fixed` setting."""
     if "optimizers" not in saved:
-        raise UserError(f"{s.out_dir}: its checkpoint holds a model, but no optimizers; choose another out_dir")
+        found = "its checkpoint holds a model, but no optimizers"
+        raise UserError(f"{s.out_dir}: {found}; choose another out_dir")
     for field in dataclasses.fields(s):
         # A setting newer than the checkpoint: its default is how training was before.
         then = saved["settings"].get(field.name, field.default)
@@ -222,8 +227,8 @@ def check_convergence(step: int, loss: float, grad_norm: float, scaler, s) -> No
     else:
         diverged = diverged or not math.isfinite(grad_norm)
     if diverged:
-        found = f"loss {loss}, gradient norm {grad_norm}"
-        raise UserError(f"step {step}: {found}; training diverged; try a learning_rate below {s.learning_rate}")
+        found = f"loss {loss}, gradient norm {grad_norm}; training diverged"
+        raise UserError(f"step {step}: {found}; try a learning_rate below {s.learning_rate}")
 
 
 def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
@@ -242,7 +247,7 @@ def check_weights(trainable: list[torch.nn.Parameter], step: int) -> None:
 
 
 def start_log(s, step: int):
-    """A function that appends a line to metrics.jsonl and shows it in s.logger; in other processes it does nothing.
+    """A function that appends a line to metrics.jsonl and shows it in s.logger; only the first process logs.
 
     Lines after `step` are removed first: the curve of a resumed run never goes back. Raises UserError.
     """
@@ -285,7 +290,8 @@ def remove_lines_after(step: int, path: Path) -> None:
 def start_tensorboard(s, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(s.out_dir, purge_step=step + 1)  # hides what a killed run logged after its checkpoint
+    # Hides what a killed run logged after its checkpoint.
+    writer = SummaryWriter(s.out_dir, purge_step=step + 1)
 
     def show(line: dict) -> None:
         for name, value in line.items():

@@ -10,7 +10,9 @@ from model import GPT
 
 
 def open_model(path: Path, device_name: str, dtype_name: str) -> tuple[GPT, Any, dict]:
-    """The model of a checkpoint on the device asked for, its tokenizer, and the whole checkpoint. Raises UserError."""
+    """The model of a checkpoint on the device asked for, its tokenizer, and the whole checkpoint. Raises
+    UserError.
+    """
     device = choose_device(device_name)
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(device, choose_dtype(dtype_name, device)).eval()
@@ -29,11 +31,19 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that `sample.generate` takes, for every program that samples."""
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    parser.add_argument("--top_k", type=int, default=50, help="sample from the k most likely tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the most likely that hold this share")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="sample from the k most likely tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=0.95, help="sample from the most likely that hold this share"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1.0: avoid what has occurred"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same stories")
-    parser.add_argument("--compile", action="store_true", help="compile first: then one story at a time is faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile first: then one story at a time is faster"
+    )
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

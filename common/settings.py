@@ -13,8 +13,11 @@ from common.files import UserError, user_path
 RENAMED = {"cooldown": "decay_fraction", "eval_blocks": "eval_sequences"}  # old name -> new name
 
 
-def setting(default, at_least: float = 0, below=2**63, choices: tuple[str, ...] = (), path=False, fixed=False) -> Any:
-    """A dataclass field with its range: at_least <= value < below for numbers, one of `choices` or a `path` for text.
+def setting(
+    default, at_least: float = 0, below=2**63, choices: tuple[str, ...] = (), path=False, fixed=False
+) -> Any:
+    """A dataclass field with its range: at_least <= value < below for numbers, one of `choices` or a `path`
+    for text.
 
     A `fixed` setting cannot change when a run is resumed.
     """
@@ -32,7 +35,9 @@ def check_ranges(settings) -> None:
         if field.type in (int, float) and not least <= value < end:
             raise UserError(f"{field.name} = {value}: must be at least {least} and below {end}")
         if limits["choices"] and value not in limits["choices"]:
-            raise UserError(f"{field.name} = {value!r}: must be one of {', '.join(map(repr, limits['choices']))}")
+            raise UserError(
+                f"{field.name} = {value!r}: must be one of {', '.join(map(repr, limits['choices']))}"
+            )
         if limits["path"] and value != field.default:
             setattr(settings, field.name, str(user_path(value, f"{field.name} = ")))
 
@@ -60,13 +65,17 @@ def read_config(path: str) -> dict:
                 case _:
                     raise ValueError
         except (ValueError, TypeError, RecursionError, MemoryError):
-            allowed = "only `name = value` may stand here, each name once, with a number, a text, True or False"
+            allowed = (
+                "only `name = value` may stand here, each name once, with a number, a text, True or False"
+            )
             raise UserError(f"{path}:{node.lineno}: {allowed}") from None
     return values
 
 
 def load_settings(arguments: list[str], cls: type, usage: str):
-    """An instance of the dataclass `cls` from config files and --key=value; later ones win. Raises UserError."""
+    """An instance of the dataclass `cls` from config files and --key=value; later ones win. Raises
+    UserError.
+    """
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for argument in arguments:

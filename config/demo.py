@@ -3,8 +3,8 @@
     python prepare.py
     python train.py config/demo.py
 
-At most 130 steps of 4,096 tokens and at most 1 minute: most of the demo's 8 minutes are for config/demo_sft.py. With
-minutes=0 and more max_iters the model becomes better.
+At most 130 steps of 4,096 tokens and at most 1 minute: most of the demo's 8 minutes are for
+config/demo_sft.py. With minutes=0 and more max_iters the model becomes better.
 """
 
 data_dir = "data/demo"

@@ -2,8 +2,8 @@
 
     python -m tools.dpo config/demo_dpo.py
 
-About 400 pairs of the best and the worst of four stories that the model samples itself, two epochs. With three times
-this learning rate it forgets more than it learns (docs/experiments.md).
+About 400 pairs of the best and the worst of four stories that the model samples itself, two epochs. With
+three times this learning rate it forgets more than it learns (docs/experiments.md).
 """
 
 init_from = "out/demo_sft"

@@ -3,11 +3,11 @@
     python prepare.py --download tinystories-zh --out_dir data/microstories
     python train.py config/microstories.py
 
-The original experiment had 44M parameters too, but 33M of them in the embedding of a 65k vocabulary. Here they are in
-the layers. The run takes 1.3 billion tokens, about 2.5 epochs of all 4 million stories.
+The original experiment had 44M parameters too, but 33M of them in the embedding of a 65k vocabulary. Here
+they are in the layers. The run takes 1.3 billion tokens, about 2.5 epochs of all 4 million stories.
 
-Estimated: 37 TFLOP a step, 3.7 hours at 40% of the card's 71 TFLOP/s in bfloat16. On an H200, 60 steps took 10 GB of
-memory; all steps would take 24 minutes.
+Estimated: 37 TFLOP a step, 3.7 hours at 40% of the card's 71 TFLOP/s in bfloat16. On an H200, 60 steps took
+10 GB of memory; all steps would take 24 minutes.
 If memory is short, halve batch_size and double gradient_accumulation_steps: the run stays the same.
 """
 

@@ -1,13 +1,14 @@
 """The shape and recipe of the original experiment, for comparison: ChatGLM's 64,789 pieces.
 
-    python prepare.py --download tinystories-zh --tokenizer chatglm_tokenizer.model --out_dir data/microstories_chatglm
+    python prepare.py --download tinystories-zh --tokenizer chatglm_tokenizer.model \\
+        --out_dir data/microstories_chatglm
     python train.py config/microstories_chatglm.py
 
-The tokenizer is the file tokenizer.model of ChatGLM2-6B or ChatGLM3-6B on the Hugging Face hub. Three quarters
-of the 44M parameters are its embedding.
+The tokenizer is the file tokenizer.model of ChatGLM2-6B or ChatGLM3-6B on the Hugging Face hub. Three
+quarters of the 44M parameters are its embedding.
 
-Estimated for one RTX 3090: 70 TFLOP a step, 6.9 hours at 40% of its 71 TFLOP/s in bfloat16. On an H200, 20 steps
-took 5 GB of memory; all steps would take 41 minutes.
+Estimated for one RTX 3090: 70 TFLOP a step, 6.9 hours at 40% of its 71 TFLOP/s in bfloat16. On an H200, 20
+steps took 5 GB of memory; all steps would take 41 minutes.
 """
 
 data_dir = "data/microstories_chatglm"

@@ -2,8 +2,9 @@
 
     python -m tools.dpo config/microstories_dpo.py
 
-Never run. The recipe is the demo's: pairs of the best and the worst of eight stories that the model samples itself,
-or of the reference story where that is better, and a term that keeps the probability of the chosen ones up.
+Never run. The recipe is the demo's: pairs of the best and the worst of eight stories that the model samples
+itself, or of the reference story where that is better, and a term that keeps the probability of the chosen
+ones up.
 """
 
 init_from = "out/microstories_sft"

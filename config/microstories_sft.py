@@ -4,11 +4,11 @@
         --out_dir data/microstories_sft
     python sft.py config/microstories_sft.py
 
-AdamW at 5e-4 for three epochs was best in the original experiment, which had 71 thousand instructions. Here each of
-the 4 million stories has one.
+AdamW at 5e-4 for three epochs was best in the original experiment, which had 71 thousand instructions. Here
+each of the 4 million stories has one.
 
-Estimated, not measured: about a billion tokens an epoch, 2.8 hours each at 40% of the card's 71 TFLOP/s in bfloat16,
-5.5 GB of memory. With --epochs=1 the model still sees fifty times the instructions of the original.
+Estimated, not measured: about a billion tokens an epoch, 2.8 hours each at 40% of the card's 71 TFLOP/s in
+bfloat16, 5.5 GB of memory. With --epochs=1 the model still sees fifty times the instructions of the original.
 """
 
 init_from = "out/microstories"

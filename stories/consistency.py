@@ -1,7 +1,8 @@
 """Do the heroes and objects of a story stay the same? Rules for stories of the embedded corpus.
 
-A small model changes them on the way: a giraffe becomes an elephant, sunglasses become a red hat. The plots of
-stories/plots say which heroes a story has and which objects exclude each other, so a program can find this fault.
+A small model changes them on the way: a giraffe becomes an elephant, sunglasses become a red hat. The plots
+of stories/plots say which heroes a story has and which objects exclude each other, so a program can find this
+fault.
 """
 
 import functools
@@ -25,7 +26,9 @@ class Rules:
 
 
 def consistent(story: str) -> bool | None:
-    """Whether a story names no more heroes than its plot has, and of each slot one row; None for an unknown plot."""
+    """Whether a story names no more heroes than its plot has, and of each slot one row; None for an unknown
+    plot.
+    """
     grams = n_grams(story)
     rules = max(all_rules(), key=lambda rules: len(grams & rules.grams))
     if not grams or len(grams & rules.grams) < KNOWN * len(grams):
@@ -56,7 +59,8 @@ def all_rules() -> list[Rules]:
 def rules_of(plot: Plot, heroes: dict[str, str]) -> Rules:
     """The rules of a plot. Words that stand in the plot's own texts say nothing, and are left out."""
     texts = "\n".join(variant.text for beat in plot.beats for variant in beat)
-    own = CHOICE.sub(lambda match: "\n" + match[1].replace("|", "\n") + "\n", texts)  # the choices, one a line
+    # The choices, one a line.
+    own = CHOICE.sub(lambda match: "\n" + match[1].replace("|", "\n") + "\n", texts)
     own = SLOT.sub("\n", own)
     values = [values_in(rows) for _, rows in plot.slots]
     slots = []
@@ -77,7 +81,9 @@ def values_in(rows: list[list[str]]) -> str:
 
 
 def rows_of_values(columns: list[str], rows: list[list[str]], texts: str, elsewhere: str) -> dict[str, int]:
-    """For each value that only one row of a slot has: the number of the row. `elsewhere` is text of other origin."""
+    """For each value that only one row of a slot has: the number of the row. `elsewhere` is text of other
+    origin.
+    """
     found: dict[str, int] = {}
     ambiguous = set()
     for number, row in enumerate(rows):

@@ -1,4 +1,5 @@
-"""The text of instructions: clean Unicode; constraints, in the words of TinyStoriesChinese; and the template around it.
+"""The text of instructions: clean Unicode; constraints, in the words of TinyStoriesChinese; and the template
+around it.
 
 One constraint a line, in any order and any number:
 
@@ -13,7 +14,12 @@ import unicodedata
 
 from common.files import UserError
 
-NAMES = {"词汇": "words", "特点": "features", "摘要": "summary", "随机句子": "sentence"}  # and sample.py's options
+NAMES = {
+    "词汇": "words",
+    "特点": "features",
+    "摘要": "summary",
+    "随机句子": "sentence",
+}  # and sample.py's options
 SYNONYMS = {  # other translations of the original's labels
     "关键词": "词汇",
     "单词": "词汇",
@@ -29,7 +35,14 @@ SYNONYMS = {  # other translations of the original's labels
 
 # What nobody sees: white space, control characters, and what Unicode calls default ignorable (UAX #44).
 # Selectors change the character before them, as in many emoji: they may end a text, but not begin it.
-UNSEEN_RANGES = [(0, 0x20), (0x7F, 0xA0), (0x2000, 0x200F), (0x2028, 0x202F), (0x205F, 0x206F), (0xFFF0, 0xFFFB)]
+UNSEEN_RANGES = [
+    (0, 0x20),
+    (0x7F, 0xA0),
+    (0x2000, 0x200F),
+    (0x2028, 0x202F),
+    (0x205F, 0x206F),
+    (0xFFF0, 0xFFFB),
+]
 UNSEEN_RANGES += [(0x1D173, 0x1D17A)]
 UNSEEN = "\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180e\u2800\u3000\u3164\ufeff\uffa0"
 SELECTOR_RANGES = [(0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0000, 0xE01EF)]
@@ -46,7 +59,9 @@ def strip(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Unicode NFC, line ends as \\n, nothing unseen around. Raises UnicodeEncodeError for a lone surrogate."""
+    """Unicode NFC, line ends as \\n, nothing unseen around. Raises UnicodeEncodeError for a lone
+    surrogate.
+    """
     text = strip(unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
     text.encode()  # JSON can spell half of a surrogate pair, which no file can store
     return text
@@ -99,7 +114,9 @@ def template_tokens(template: str, tokenizer) -> tuple[list[int], list[int]]:
     if parts:
         ids = [tokenizer.piece_to_id(piece) for piece in parts.groups() if piece]
     if not ids or not all(tokenizer.is_control(token) for token in ids):
-        raise UserError(f"the template {template!r} does not fit the tokenizer: …{{instruction}}…{{response}} expected")
+        raise UserError(
+            f"the template {template!r} does not fit the tokenizer: …{{instruction}}…{{response}} expected"
+        )
     return ids[:-1], ids[-1:]
 
 

@@ -2,8 +2,8 @@
 
     python -m stories.generate --out data/stories.jsonl
 
-stories/README.md explains the format of a plot. The same plots give the same bytes on every computer: the only source
-of randomness is `random.Random.random`, whose sequence Python guarantees.
+stories/README.md explains the format of a plot. The same plots give the same bytes on every computer: the
+only source of randomness is `random.Random.random`, whose sequence Python guarantees.
 """
 
 import json
@@ -100,7 +100,8 @@ def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew:
     words = [word for word in plot.words if word in story]
     sentences = re.findall(r"[^。！？“”]+[。！？]", story)
     sentences = [sentence for sentence in sentences if 8 <= len(sentence) <= 40]
-    # What a story is about occurs often: the weight of a word is its count squared (Efraimidis and Spirakis 2006).
+    # What a story is about occurs often: the weight of a word is its count squared (Efraimidis and Spirakis
+    # 2006).
     words.sort(key=lambda word: -(rng.random() ** (1 / story.count(word) ** 2)))
     summary = expand(rng, plot.summaries, values, facts, features, skew)
     sentence = ""
@@ -116,7 +117,9 @@ def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew:
 
 
 def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict, taken: set) -> dict:
-    """Draw one character. `taken` holds the names and kinds already in the story, and gets those of this one."""
+    """Draw one character. `taken` holds the names and kinds already in the story, and gets those of this
+    one.
+    """
     while True:
         group = pick(rng, groups)
         if group == "孩子":
@@ -151,8 +154,12 @@ def draw_animal(rng: random.Random, animal: dict, names: dict) -> dict:
     return animal | {"名": name, "介": introduction, "他": "它"}
 
 
-def expand(rng: random.Random, variants: list[Variant], values: dict, facts: set, features: set, skew: float) -> str:
-    """The text of one of the variants that fit the facts; "" if none does. `features` gets those of the variant."""
+def expand(
+    rng: random.Random, variants: list[Variant], values: dict, facts: set, features: set, skew: float
+) -> str:
+    """The text of one of the variants that fit the facts; "" if none does. `features` gets those of the
+    variant.
+    """
     fitting = [variant for variant in variants if fits(variant, facts)]
     if not fitting:
         return ""

@@ -1,7 +1,8 @@
-"""Read stories from files: .jsonl, .json, .txt, .csv and .parquet, packed as .gz or .zst, or in .tar archives.
+"""Read stories from files: .jsonl, .json, .txt, .csv and .parquet, packed as .gz or .zst, or in .tar
+archives.
 
-Everything is streamed, so that memory does not grow with the input. What is in the input is read, or refused by file
-and place, or named as not read.
+Everything is streamed, so that memory does not grow with the input. What is in the input is read, or refused
+by file and place, or named as not read.
 """
 
 import codecs
@@ -34,7 +35,9 @@ BOM = "\ufeff"  # begins some UTF-8 files
 BLOCK = 1 << 20  # bytes of input in a block
 HEADERS = b"xgXLK"  # types of archive members that describe other members
 LONGEST = 1 << 24  # bytes of the longest line or record that is read into memory
-NOT_UTF8 = "convert it first: iconv -f GB18030 -t UTF-8 if it is GBK, iconv -f UTF-16 -t UTF-8 if it is UTF-16"
+NOT_UTF8 = (
+    "convert it first: iconv -f GB18030 -t UTF-8 if it is GBK, iconv -f UTF-16 -t UTF-8 if it is UTF-16"
+)
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # errors that a damaged file raises,
 DAMAGE_BY_NAME = ("ZstdError", "ArrowInvalid")  # and those of packages that may be missing
 # Written beside data by `datasets` and by prepare.py: no stories.
@@ -63,7 +66,8 @@ class Block:
 
 
 def find_inputs(inputs: list[Path]) -> list[Path]:
-    """The files of files, folders and globs, in a fixed order, each once, without hidden ones. Raises UserError.
+    """The files of files, folders and globs, in a fixed order, each once, without hidden ones. Raises
+    UserError.
 
     What a folder or a glob has beside them is named on stderr.
     """
@@ -75,7 +79,9 @@ def find_inputs(inputs: list[Path]) -> list[Path]:
         if not present:
             raise UserError(f"{path}: no such file, or an empty folder")
         if not readable:
-            raise UserError(f"{path}: nothing here can be read as stories ({KNOWN}); it holds {shortened(present)}")
+            raise UserError(
+                f"{path}: nothing here can be read as stories ({KNOWN}); it holds {shortened(present)}"
+            )
         files += readable
         not_read += sorted(set(present) - set(readable))
     name_not_read(not_read)
@@ -123,7 +129,9 @@ def each_once(files: list[Path]) -> list[Path]:
 
 
 def is_story_file(path: Path, named: bool) -> bool:
-    """Whether to read a file; metadata, and what is in a folder that prepare.py has written, only if it is named."""
+    """Whether to read a file; metadata, and what is in a folder that prepare.py has written, only if it is
+    named.
+    """
     kind, packing = suffixes_of(path.name)
     if kind not in (*SUFFIXES, ".tar") or (kind == ".parquet" and packing):
         return False
@@ -184,7 +192,9 @@ def read_blocks(files: list[Path], title: str, name_unread: bool = True) -> Iter
                     raise UserError(f"{path}: not UTF-8 ({e.reason}); {NOT_UTF8}") from None
                 except ImportError as e:
                     package = str(e.name).split(".")[0]
-                    raise UserError(f"{path}: reading it needs a package; try: pip install {package}") from None
+                    raise UserError(
+                        f"{path}: reading it needs a package; try: pip install {package}"
+                    ) from None
                 except Exception as e:
                     if not isinstance(e, DAMAGE) and type(e).__name__ not in DAMAGE_BY_NAME:
                         raise
@@ -225,12 +235,16 @@ def read_archive(stream, name: str, unread: list[str]) -> Iterator[Block]:
                 unread.append(f"{name}/{member.name}")
                 continue
             if packing or kind == ".parquet":
-                raise UserError(f"{name}/{member.name}: cannot be read inside an archive; unpack the archive first")
+                raise UserError(
+                    f"{name}/{member.name}: cannot be read inside an archive; unpack the archive first"
+                )
             yield from read_stream(archive.extractfile(member), f"{name}/{member.name}")
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive. tarfile reads headers into memory whatever their size: this class refuses large ones."""
+    """A member of an archive. tarfile reads headers into memory whatever their size: this class refuses large
+    ones.
+    """
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -298,7 +312,9 @@ def text_block(text: bytes, separator: bytes, kind: str, name: str, line: int) -
         return Block(name, line, text)
     if separator != MARKER and MARKER in text:
         line += text.count(b"\n", 0, text.index(MARKER))
-        raise UserError(f"{name}:{line}: the first {DOCUMENT_END} of this file; put one into its first MiB too")
+        raise UserError(
+            f"{name}:{line}: the first {DOCUMENT_END} of this file; put one into its first MiB too"
+        )
     return Block(name, line, text, separator.decode())
 
 
@@ -322,7 +338,8 @@ def text_blocks(stream) -> Iterator[bytes]:
 def separator_of(head: bytes) -> bytes:
     """What separates the stories of a text file, judging by its first MiB.
 
-    It is end markers; else empty lines, if a quarter of what these separate has two to twenty lines; else line ends.
+    It is end markers; else empty lines, if a quarter of what these separate has two to twenty lines; else
+    line ends.
     """
     if MARKER in head:
         return MARKER
@@ -334,7 +351,9 @@ def separator_of(head: bytes) -> bytes:
 
 
 def records_of(block: Block) -> Iterator[tuple[str, object]]:
-    """The records of one block: (where, record), of which `where` names the record in messages. Raises UserError."""
+    """The records of one block: (where, record), of which `where` names the record in messages. Raises
+    UserError.
+    """
     if block.records:
         yield from block.records
         return
@@ -459,7 +478,9 @@ def csv_lines(header: str, text) -> Iterator[str]:
 
 
 def column_names(titles: list[str], name: str) -> list[str]:
-    """The names of the columns, without the empty ones that a spreadsheet writes at the end. Raises UserError."""
+    """The names of the columns, without the empty ones that a spreadsheet writes at the end. Raises
+    UserError.
+    """
     names = list(titles)
     while names and not names[-1].strip():
         names.pop()

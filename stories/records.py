@@ -1,4 +1,5 @@
-"""Records: what one JSON object, CSV row or text of the input holds, as a story or as an instruction and a response.
+"""Records: what one JSON object, CSV row or text of the input holds, as a story or as an instruction and a
+response.
 
 A record is read whole or refused. One that the template cannot hold (earlier turns) is left out and counted.
 """
@@ -30,12 +31,16 @@ def story_of(record, where: str, text_key: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object or a string, found {type(record).__name__}")
     if text_key not in record:
-        raise UserError(f"{where}: no key {text_key!r}; the keys here are {keys_of(record)}; choose with --text_key")
+        raise UserError(
+            f"{where}: no key {text_key!r}; the keys here are {keys_of(record)}; choose with --text_key"
+        )
     return text_of(record, text_key, where)
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text at a key. Null, NaN (pandas' null), what nobody sees, and a missing key are "". Raises UserError."""
+    """The text at a key. Null, NaN (pandas' null), what nobody sees, and a missing key are "". Raises
+    UserError.
+    """
     value = record.get(key)
     if value is None or value != value:
         return ""
@@ -56,8 +61,9 @@ def keys_of(record: dict) -> str:
 def examples_of(record, where: str, text_key: str, augment: int) -> list[tuple[str, str]]:
     """The examples of a record: (instruction, response) each. Raises UserError, and LeftOut.
 
-    A prompt is taken as it is. If it is a list of constraints, up to `augment` different lists are made of it: the
-    given one first, then other orders and subsets. So too for TinyStories' labels, of which no list is given.
+    A prompt is taken as it is. If it is a list of constraints, up to `augment` different lists are made of
+    it: the given one first, then other orders and subsets. So too for TinyStories' labels, of which no list
+    is given.
     """
     key = response_key(record, text_key, where)
     if key:
@@ -79,7 +85,10 @@ def examples_of(record, where: str, text_key: str, augment: int) -> list[tuple[s
         others += itertools.permutations(constraints, n + 1)
     others.sort(key=lambda names: rng.random())
     lists = list(dict.fromkeys(lists + others))  # each once, in this order
-    return [(write_constraints({name: constraints[name] for name in names}), response) for names in lists[:augment]]
+    return [
+        (write_constraints({name: constraints[name] for name in names}), response)
+        for names in lists[:augment]
+    ]
 
 
 def response_key(record, text_key: str, where: str) -> str | None:
@@ -137,8 +146,8 @@ def labels_of(record, story: str, text_key: str, rng: random.Random) -> dict[str
 def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
     """The prompt of a record, and the response at `key`: a text, a turn, or a conversation of both.
 
-    This reads Alpaca's, TRL's and ShareGPT's forms, for instructions and for pairs of responses (tools/dpo.py).
-    Raises UserError, and LeftOut for what the template has no place for.
+    This reads Alpaca's, TRL's and ShareGPT's forms, for instructions and for pairs of responses
+    (tools/dpo.py). Raises UserError, and LeftOut for what the template has no place for.
     """
     if record.get("label") is False:
         raise LeftOut("labelled as false")  # KTO's data
@@ -162,7 +171,9 @@ def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
         if role not in ("user", "assistant"):
             raise LeftOut(f"turn of {role!r}")
     if "user" not in roles or "assistant" not in roles:
-        problem = f"{key!r} is not a prompt and its response: expected user, assistant; found {', '.join(roles)}"
+        problem = (
+            f"{key!r} is not a prompt and its response: expected user, assistant; found {', '.join(roles)}"
+        )
         raise UserError(f"{where}: {problem}; the keys here are {keys_of(record)}")
     if roles != ["user", "assistant"]:
         raise LeftOut("several turns")
@@ -170,7 +181,9 @@ def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
 
 
 def prompt_turns(record: dict, key: str, where: str) -> list[tuple[str, str]]:
-    """The turns before the response at `key`: a prompt that is a text, or a conversation. Raises UserError."""
+    """The turns before the response at `key`: a prompt that is a text, or a conversation. Raises
+    UserError.
+    """
     conversations = []
     for name in ("prompt", *CONVERSATIONS):
         if name != key and isinstance(record.get(name), list):
@@ -194,7 +207,8 @@ def prompt_turns(record: dict, key: str, where: str) -> list[tuple[str, str]]:
 
 
 def turns_of(record: dict, key: str, role: str, where: str) -> list[tuple[str, str]]:
-    """(role, text) of what stands at a key: of a text, which is one turn of `role`, of a turn or of a conversation.
+    """(role, text) of what stands at a key: of a text, which is one turn of `role`, of a turn or of a
+    conversation.
 
     Turns have role and content, or from and value. Raises UserError, and LeftOut for a system prompt.
     """
@@ -213,7 +227,9 @@ def turns_of(record: dict, key: str, role: str, where: str) -> list[tuple[str, s
             role_key = "from"
             text_key = "value"
         if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str) or text_key not in turn:
-            raise UserError(f"{where}: {key!r} is not a list of turns, each with role and content (or from and value)")
+            raise UserError(
+                f"{where}: {key!r} is not a list of turns, each with role and content (or from and value)"
+            )
         name = turn[role_key].lower()
         text = text_of(turn, text_key, where)
         if name != "system":
@@ -244,8 +260,8 @@ def clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
 def text_digest(*texts: str) -> int:
     """A number below 2**64 that is as if random but always the same for the same texts.
 
-    It finds duplicates and decides which split a text belongs to. (That any two of 4 million texts share one has a
-    probability of 1 in 2 million.)
+    It finds duplicates and decides which split a text belongs to. (That any two of 4 million texts share one
+    has a probability of 1 in 2 million.)
     """
     lengths = [str(len(text)) for text in texts[:-1]]  # where one text ends and the next begins
     hashed = hashlib.blake2b("".join([*lengths, *texts]).encode(), digest_size=16, key=b"split 1337").digest()

@@ -1,4 +1,5 @@
-"""What makes a story good, as rules: what was asked for is there, it reaches its end, it does not repeat itself.
+"""What makes a story good, as rules: what was asked for is there, it reaches its end, it does not repeat
+itself.
 
 The evaluation reports these scores, and preference tuning rewards them.
 """
@@ -7,12 +8,21 @@ import re
 
 from stories.constraints import split_list
 
-REQUIRED = ("words", "words_all", "sentence_exact", "sentence_lcs80", "dialogue")  # scores of what was asked for
+# Scores of what was asked for.
+REQUIRED = (
+    "words",
+    "words_all",
+    "sentence_exact",
+    "sentence_lcs80",
+    "dialogue",
+)
 DIALOGUE = {"对话", "對話", "Dialogue"}
 
 
 def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
-    """The scores of one story, given the constraints it was asked for; a score that does not apply is left out."""
+    """The scores of one story, given the constraints it was asked for; a score that does not apply is left
+    out.
+    """
     if constraints is None:
         constraints = {}
     scores: dict[str, float] = {"length": len(story), "repeat_4gram": repeated_4grams(story)}
@@ -73,9 +83,9 @@ def average(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def reward(scores: dict[str, float], reference: dict[str, float] | None = None) -> float:
-    """One number for a story's scores: the sum of what was asked for and is there (words as the share present), and
-    one point each for reaching the end and for repeating itself hardly more than the reference, or than 5% if there
-    is none; and with a reference one for being half to twice as long."""
+    """One number for a story's scores: the sum of what was asked for and is there (words as the share
+    present), and one point each for reaching the end and for repeating itself hardly more than the reference,
+    or than 5% if there is none; and with a reference one for being half to twice as long."""
     total = sum(scores.get(name, 0.0) for name in (*REQUIRED, "finished"))
     repeated = 0.05  # of the 4-grams, which is hardly more than none
     right_length = True
@@ -95,7 +105,9 @@ def can_choose(constraints: dict[str, str] | None) -> bool:
 
 
 def findings(constraints: dict[str, str] | None, story: str) -> dict:
-    """What a story has of what was asked for: "missing" words, the "sentence" (exact, nearly, missing), "dialogue"."""
+    """What a story has of what was asked for: "missing" words, the "sentence" (exact, nearly, missing),
+    "dialogue".
+    """
     scores = score(constraints, story)
     found: dict[str, object] = {}
     if constraints and "words" in scores:

@@ -81,7 +81,8 @@ def script_here(main, *args, stdin=""):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-# Format characters (Cf) that are seen, of Arabic, Syriac, Kaithi and Egyptian; and shorthand, which is not stripped
+# Format characters (Cf) that are seen, of Arabic, Syriac, Kaithi and Egyptian; and shorthand, which is not
+# stripped
 SEEN = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440)}
 SEEN |= set(range(0x1BCA0, 0x1BCA4))
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0" + "".join(map(chr, range(0xFFF0, 0xFFFC)))
@@ -169,7 +170,13 @@ def tiny_data(tmp_path_factory):
 
 SHAPE = {"n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "intermediate_size"}  # the checkpoint's own
 TUNING = {key: value for key, value in TINY.items() if key not in SHAPE}
-TUNING |= {"block_size": 256, "learning_rate": 0.01, "max_iters": 60, "eval_interval": 20, "save_interval": 20}
+TUNING |= {
+    "block_size": 256,
+    "learning_rate": 0.01,
+    "max_iters": 60,
+    "eval_interval": 20,
+    "save_interval": 20,
+}
 
 
 def tuning(init_from, data_dir, out_dir, **changes):

@@ -1,8 +1,10 @@
-"""Processes that start at once: `Popen` is subprocess.Popen, for `python ARGS` forked from one that has loaded PyTorch.
+"""Processes that start at once: `Popen` is subprocess.Popen, for `python ARGS` forked from one that has
+loaded PyTorch.
 
-Starting Python with PyTorch takes seconds, and the tests start hundreds of programs. The launcher, one for each process
-of pytest, has imported the packages, none of the project's modules, and has run nothing. What it forks is a process
-like every other: with a number, arguments, environment, streams, signals and exit status of its own.
+Starting Python with PyTorch takes seconds, and the tests start hundreds of programs. The launcher, one for
+each process of pytest, has imported the packages, none of the project's modules, and has run nothing. What it
+forks is a process like every other: with a number, arguments, environment, streams, signals and exit status
+of its own.
 """
 
 import ctypes
@@ -44,7 +46,9 @@ STARTED = at_start(os.environ)
 
 
 def can_fork(a: dict) -> bool:
-    """Whether a new process is `python ARGS`, with nothing to do between fork and exec, and this is Linux (prctl)."""
+    """Whether a new process is `python ARGS`, with nothing to do between fork and exec, and this is Linux
+    (prctl).
+    """
     if (
         sys.platform != "linux"
         or a["preexec_fn"]

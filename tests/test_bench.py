@@ -1,4 +1,6 @@
-"""tools.bench: fair implementations that take turns, rows as promised. tools.estimate: against runs and by hand."""
+"""tools.bench: fair implementations that take turns, rows as promised. tools.estimate: against runs and by
+hand.
+"""
 
 import functools
 import json
@@ -39,7 +41,9 @@ def test_losses_are_means_over_the_same_targets():
 
 
 def test_generation_does_not_end_early():
-    """With -1 as the end token, as in the benchmark, every sequence takes all steps; here all 8 tokens occur."""
+    """With -1 as the end token, as in the benchmark, every sequence takes all steps; here all 8 tokens
+    occur.
+    """
     torch.manual_seed(0)
     shape = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "head_dim": 8, "n_embd": 8, "intermediate_size": 8}
     model = GPT(ModelConfig(vocab_size=8, block_size=200, **shape))
@@ -89,7 +93,9 @@ def test_ours_must_run():
 
 def test_ratios_are_to_the_best_baseline(capsys):
     values = {"this": 30.0, "this, --compile": 60.0, "transformers": 20.0, "slow": 10.0}
-    rows = [(row.get("baseline"), row.get("ratio")) for row in bench.compare("speed", "tokens a second", values)]
+    rows = [
+        (row.get("baseline"), row.get("ratio")) for row in bench.compare("speed", "tokens a second", values)
+    ]
     assert rows == [("transformers", 1.5), ("transformers", 3.0), (None, None), (None, None)]
     assert "1.50x transformers" in capsys.readouterr().out
     assert bench.compare("memory", "GiB", values, best=min)[0]["baseline"] == "slow"
@@ -113,7 +119,9 @@ def test_mistakes():
 
 
 def test_the_estimate_equals_what_an_h200_did():
-    """docs/benchmarks.md: 927,000 tokens/s were 34% of the 776 TFLOP/s measured there, with 9,596 MiB of memory."""
+    """docs/benchmarks.md: 927,000 tokens/s were 34% of the 776 TFLOP/s measured there, with 9,596 MiB of
+    memory.
+    """
     e = estimate(ROOT / "config" / "microstories.py", 8192, 0)
     assert 0.34 * 776e12 / e.flops_per_token == pytest.approx(927_000, rel=0.02)
     assert e.memory / 2**20 == pytest.approx(9_596, rel=0.1)
@@ -121,7 +129,9 @@ def test_the_estimate_equals_what_an_h200_did():
 
 
 def test_flops_by_hand():
-    """Of a config with every number written out: 6 for each weight of a matrix, and attention to half the sequence."""
+    """Of a config with every number written out: 6 for each weight of a matrix, and attention to half the
+    sequence.
+    """
     e = estimate(ROOT / "config" / "microstories_chatglm.py", 64_789, 0)
     layer = 512 * 6 * 48 * 4 + 3 * 512 * 768
     assert e.parameters == 64_789 * 512 + 6 * layer + (2 * 6 + 1) * 512
@@ -157,7 +167,9 @@ def test_steps_of_tuning():
 
 def test_the_prepared_data_counts(tmp_path, tiny_data):
     config = tmp_path / "mine.py"
-    config.write_text(f'data_dir = "{tiny_data.as_posix()}"\nblock_size = 100\nbatch_size = 1\nepochs = 1.0\n')
+    config.write_text(
+        f'data_dir = "{tiny_data.as_posix()}"\nblock_size = 100\nbatch_size = 1\nepochs = 1.0\n'
+    )
     meta = json.loads((tiny_data / "meta.json").read_text())
     e = estimate(config, 8192, 0)
     assert e.steps == meta["train"]["tokens"] // 100
@@ -166,14 +178,23 @@ def test_the_prepared_data_counts(tmp_path, tiny_data):
 
 def test_estimates_that_cannot_be(tmp_path):
     main = estimate_tool.main
-    assert_one_line_error(script_here(main, "estimate", "config/microstories.py", "--gpu", "abacus"), "abacus", "3090")
+    assert_one_line_error(
+        script_here(main, "estimate", "config/microstories.py", "--gpu", "abacus"), "abacus", "3090"
+    )
     (tmp_path / "mine.py").write_text('init_from = "out/other"\n')
     assert_one_line_error(script_here(main, "estimate", tmp_path / "mine.py"), "mine.py", "other.py")
 
 
 def test_memory_of_pairs_is_near_what_autograd_keeps():
     """Of both stories of each pair, with the logits of every token and, backward, two gradients of them."""
-    shape = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "head_dim": 64, "n_embd": 256, "intermediate_size": 768}
+    shape = {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_kv_head": 4,
+        "head_dim": 64,
+        "n_embd": 256,
+        "intermediate_size": 768,
+    }
     model = GPT(ModelConfig(vocab_size=8000, block_size=256, **shape))
     data = PreferenceDataset(Path("made up"), [([5] * 20, [6] * 200, [7] * 150)] * 4, 256, 0, 0)
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -186,7 +207,8 @@ def test_memory_of_pairs_is_near_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         preference_loss(model, data.sequences(range(4)), s)
     activations = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
-    # Muon has one float32 for each weight of a block's matrices, AdamW two for the rest; weights and gradients.
+    # Muon has one float32 for each weight of a block's matrices, AdamW two for the rest; weights and
+    # gradients.
     muons = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     state = 12 * muons + 16 * (sum(p.numel() for p in model.parameters()) - muons)
     expected = state + activations + 2 * 4 * (4 * 2 * 256) * 8000

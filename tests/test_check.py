@@ -1,4 +1,6 @@
-"""tools/check.py finds what the programs do not look for: real damage in prepared folders and in checkpoints."""
+"""tools/check.py finds what the programs do not look for: real damage in prepared folders and in
+checkpoints.
+"""
 
 import json
 import os
@@ -138,7 +140,11 @@ def test_flipped_bits(pretrained, tmp_path):
     """Inside a weight the CRC finds it, and so it does in the pickle."""
     path = shutil.copy(pretrained, tmp_path / "ckpt_000020.pt")
     with zipfile.ZipFile(path) as archive:
-        places = {e.filename: e.header_offset + 200 for e in archive.infolist() if e.filename.endswith(("pkl", "/3"))}
+        places = {
+            e.filename: e.header_offset + 200
+            for e in archive.infolist()
+            if e.filename.endswith(("pkl", "/3"))
+        }
     for name, at in places.items():
         flip(path, at)
         assert_one_line_error(check(path), path, name)
@@ -168,7 +174,10 @@ def test_code_is_not_run(damaged, tmp_path):
 
 
 def test_a_zip_bomb(pretrained, tmp_path):
-    with zipfile.ZipFile(pretrained) as old, zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(pretrained) as old,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, bytes(1 << 24) if name.endswith("/0") else old.read(name))
     assert_one_line_error(check(tmp_path / "a.pt"), "a.pt", "fill the memory")

@@ -21,7 +21,9 @@ def test_the_corpus_is_consistent(drawn):
 
 
 def test_halves_of_two_stories_are_not(drawn):
-    """The first half of one story and the second of another of its plot: nearly always another hero or object."""
+    """The first half of one story and the second of another of its plot: nearly always another hero or
+    object.
+    """
     found = []
     for one, two, *_ in drawn.values():
         found.append(consistent(one[: len(one) // 2] + two[len(two) // 2 :]))
@@ -29,7 +31,9 @@ def test_halves_of_two_stories_are_not(drawn):
 
 
 def test_a_hero_and_an_object_that_change(drawn):
-    story = next(t for t in drawn["找不到了"] if "红帽子" in t or "花围巾" in t or "小汽车" in t or "跳绳" in t)
+    story = next(
+        t for t in drawn["找不到了"] if "红帽子" in t or "花围巾" in t or "小汽车" in t or "跳绳" in t
+    )
     value = next(v for v in ("红帽子", "花围巾", "小汽车", "跳绳") if v in story)
     assert consistent(story)
     at = story.rindex(value)

@@ -40,7 +40,9 @@ def test_loss_and_gradients_equal_the_cpus(masked, compiled):
     for device in ("cpu", "cuda"):
         model = small().to(device)
         call = try_compile(model.loss, torch.device(device)) if compiled and device == "cuda" else model.loss
-        loss = call(tokens.to(device), targets.to(device), None if documents is None else documents.to(device))
+        loss = call(
+            tokens.to(device), targets.to(device), None if documents is None else documents.to(device)
+        )
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad.cpu() for p in model.parameters()])
@@ -84,7 +86,10 @@ def test_the_same_seed_draws_the_same_story():
 
 @pytest.mark.parametrize("options", [{"compile": False}, {"compile": True}, {"document_mask": True}])
 def test_a_resumed_run_ends_with_the_same_bits(tiny_data, tmp_path, options):
-    run = ["train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path / "out", device="cuda", sample_interval=6, **options)]
+    run = [
+        "train.py",
+        *tiny(data_dir=tiny_data, out_dir=tmp_path / "out", device="cuda", sample_interval=6, **options),
+    ]
     run_script(*run)
     last = tmp_path / "out" / "ckpt_000012.pt"
     whole = torch.load(last, weights_only=True)["model"]
@@ -96,7 +101,13 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_data, tmp_path, options):
 
 
 def test_float16_learns_with_scaled_gradients(tiny_data, tmp_path):
-    options = {"device": "cuda", "dtype": "float16", "learning_rate": 0.02, "max_iters": 20, "eval_interval": 20}
+    options = {
+        "device": "cuda",
+        "dtype": "float16",
+        "learning_rate": 0.02,
+        "max_iters": 20,
+        "eval_interval": 20,
+    }
     run_script("train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path, **options))
     assert torch.load(tmp_path / "ckpt_000020.pt", weights_only=True)["scaler"]["scale"] > 1
     assert metrics_of(tmp_path)[-1]["val_loss"] < metrics_of(tmp_path)[0]["loss"] - 0.5
@@ -109,7 +120,14 @@ def test_torchrun_brings_up_nccl(tiny_data, tmp_path):
 
 
 def test_expected_memory_is_near_what_is_taken(tiny_data, tmp_path):
-    shape = {"n_layer": 3, "n_embd": 512, "n_head": 8, "n_kv_head": 4, "head_dim": 64, "intermediate_size": 1536}
+    shape = {
+        "n_layer": 3,
+        "n_embd": 512,
+        "n_head": 8,
+        "n_kv_head": 4,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+    }
     shape |= {"block_size": 256, "batch_size": 64, "max_iters": 4, "compile": True, "device": "cuda"}
     run_script("train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path, dtype="bfloat16", **shape))
     model = build_model(read_checkpoint(tmp_path), tmp_path)
@@ -135,9 +153,22 @@ def test_tuning_compiled(pretrained, tiny_sft, tmp_path):
 
 
 def test_preferring(tuned_on_cuda, tiny_sft, tmp_path):
-    """Pairs of the model's own stories, and adapters. Not compiled: the two tests above show that that works."""
-    options = {"init_from": tuned_on_cuda, "data_dir": tiny_sft, "out_dir": tmp_path / "dpo", "device": "cuda"}
-    options |= {"block_size": TINY["block_size"] * 8, "batch_size": 4, "max_iters": 4, "instructions": 16, "samples": 2}
+    """Pairs of the model's own stories, and adapters. Not compiled: the two tests above show that that
+    works.
+    """
+    options = {
+        "init_from": tuned_on_cuda,
+        "data_dir": tiny_sft,
+        "out_dir": tmp_path / "dpo",
+        "device": "cuda",
+    }
+    options |= {
+        "block_size": TINY["block_size"] * 8,
+        "batch_size": 4,
+        "max_iters": 4,
+        "instructions": 16,
+        "samples": 2,
+    }
     options |= {"lora_rank": 4, "compile": False, "reference_chosen": True}
     run_script("-m", "tools.dpo", *(f"--{key}={value}" for key, value in options.items()))
     run_script("sample.py", "--ckpt", tmp_path / "dpo", "--words", "太阳", "--num", 1, "--device", "cuda")

@@ -54,7 +54,9 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files, ranges=True, breaks=(), answers=(), redirects=None, hang_at=None, chunked=False):
+    def __init__(
+        self, files, ranges=True, breaks=(), answers=(), redirects=None, hang_at=None, chunked=False
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.ranges, self.redirects = dict(files), ranges, redirects or {}
         self.breaks = list(breaks)  # of the next replies with content: bytes after which each breaks, and how
@@ -95,7 +97,11 @@ class Handler(BaseHTTPRequestHandler):
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
             if start >= len(data):
                 return self.reply(416, Content_Range=f"bytes */{len(data)}")
-        headers = {"Content_Length": len(data) - start, "ETag": tag, "Accept_Ranges": "bytes" if hub.ranges else "none"}
+        headers = {
+            "Content_Length": len(data) - start,
+            "ETag": tag,
+            "Accept_Ranges": "bytes" if hub.ranges else "none",
+        }
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if hub.chunked:
@@ -139,7 +145,16 @@ def serve():
 
 
 def command(endpoint, dataset="tinystories-zh"):
-    args = [sys.executable, ROOT / "prepare.py", "--download", dataset, "--vocab_size", "500", "--val_fraction", "0.2"]
+    args = [
+        sys.executable,
+        ROOT / "prepare.py",
+        "--download",
+        dataset,
+        "--vocab_size",
+        "500",
+        "--val_fraction",
+        "0.2",
+    ]
     return list(map(str, args)), os.environ | {"HF_ENDPOINT": endpoint, "no_proxy": "*"}
 
 
@@ -188,14 +203,19 @@ def test_english_original(serve, tmp_path):
 
 
 def test_broken_connections_are_resumed(serve, tmp_path):
-    """Three breaks, the last of them by a reset: each try goes on where the last ended, and says so in a line."""
+    """Three breaks, the last of them by a reset: each try goes on where the last ended, and says so in a
+    line.
+    """
     hub = serve(breaks=[(1_100_000, False), (70, False), (1_200_000, True)])
     done = fetch(tmp_path, hub.url)
     assert_fetched(tmp_path)
     asked = [int(r[6:-1]) if r else 0 for _, r in hub.requests]
     assert len(asked) == 4 and asked[:3] == [0, 1_100_000, 1_100_070]
     assert asked == sorted(asked) and asked[3] < asked[2] + 1_200_001
-    assert len([line for line in done.stderr.splitlines() if hub.url in line]) == 3 and "Traceback" not in done.stderr
+    assert (
+        len([line for line in done.stderr.splitlines() if hub.url in line]) == 3
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_server_without_ranges(serve, tmp_path):

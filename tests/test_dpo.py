@@ -1,4 +1,6 @@
-"""Preference tuning: the loss against float64 and TRL, the pairs by hand, and real runs stopped and resumed."""
+"""Preference tuning: the loss against float64 and TRL, the pairs by hand, and real runs stopped and
+resumed.
+"""
 
 import json
 import math
@@ -111,7 +113,9 @@ def test_loss_equals_trl(beta, tmp_path):
 
 
 def test_rows_by_hand():
-    """What stands where: the prompt is not learned from, what fills a row up neither, nor a row that fills a batch."""
+    """What stands where: the prompt is not learned from, what fills a row up neither, nor a row that fills a
+    batch.
+    """
     data = PreferenceDataset(Path("x"), [([1, 2, 3], [4, 5], [6]), ([7, 8], [9], [4, 4, 4])], 6, 0, seed=1)
     batch, no = data.sequences([0, 1]), IGNORE
     assert batch["tokens"].tolist() == [
@@ -207,7 +211,9 @@ def test_reward_by_hand():
     assert reward(one_word, best) == 0.5 + 2 + 1 + 2
     cut_off = score(asked, "铲子，铲子，铲子，铲子，铲子，铲子，铲子") | {"finished": 0.0}
     assert reward(cut_off, best) == 0.5 + 1  # it is long enough, but repeats itself
-    assert reward(score(None, "小兔") | {"finished": 1.0}, best) == 1 + 1  # it does not repeat itself, but is too short
+    assert (
+        reward(score(None, "小兔") | {"finished": 1.0}, best) == 1 + 1
+    )  # it does not repeat itself, but is too short
 
 
 # ---- Runs ------------------------------------------------------------------------------------------
@@ -238,7 +244,9 @@ def pairs_in(folder):
 
 
 def test_pairs_of_a_run(preferred, tiny_sft):
-    """Of each instruction the best and the worst, with scores that the rules give again; ties are not there."""
+    """Of each instruction the best and the worst, with scores that the rules give again; ties are not
+    there.
+    """
     tokenizer = load_tokenizer((tiny_sft / "tokenizer.model").read_bytes(), tiny_sft)
     found = pairs_in(preferred)
     assert 10 < len(found) <= 24 and len({line["prompt"] for line in found}) == len(found)
@@ -247,7 +255,9 @@ def test_pairs_of_a_run(preferred, tiny_sft):
         asked = read_constraints(line["prompt"])
         best = score(asked, references[line["prompt"]]) | {"finished": 1.0}
         for side in ("chosen", "rejected"):
-            assert line[f"{side}_scores"] == score(asked, line[side]) | {"finished": line[f"{side}_scores"]["finished"]}
+            assert line[f"{side}_scores"] == score(asked, line[side]) | {
+                "finished": line[f"{side}_scores"]["finished"]
+            }
         high, low = (reward(line[f"{side}_scores"], best) for side in ("chosen", "rejected"))
         assert high > low
         assert line["chosen"] == references[line["prompt"]] or high >= reward(best, best)
@@ -279,7 +289,9 @@ def test_before_the_first_step_the_model_is_the_reference(tuned, tiny_sft, prefe
     """Loss log 2, no margin, no divergence."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pairs.jsonl").write_bytes((preferred / "pairs.jsonl").read_bytes())
-    done = preferring_here(tuned, tiny_sft, tmp_path / "out", max_iters=1, learning_rate=1e-12, dtype="float32")
+    done = preferring_here(
+        tuned, tiny_sft, tmp_path / "out", max_iters=1, learning_rate=1e-12, dtype="float32"
+    )
     assert done.returncode == 0, done.stderr
     first = metrics_of(tmp_path / "out")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -293,7 +305,9 @@ def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
     command = [sys.executable, *preferring(tuned, tiny_sft, out, make_pairs=True, samples=8, instructions=28)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-    while not ((parts := list(out.glob("*.part"))) and parts[0].read_bytes().count(b"\n") >= 2):  # of four batches
+    while not (
+        (parts := list(out.glob("*.part"))) and parts[0].read_bytes().count(b"\n") >= 2
+    ):  # of four batches
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.kill()
@@ -353,8 +367,13 @@ def test_resume_of_another_run(preferred, tuned, tiny_sft, tmp_path):
 
 
 def test_ready_pairs(tuned, tiny_sft, tmp_path):
-    """As others write them; a prompt is on one side of the split, and what is too long is left out and said."""
-    rows = [{"prompt": f"词汇：小兔，第{i % 40}个", "chosen": f"小兔来了{i}次。", "rejected": "坏"} for i in range(100)]
+    """As others write them; a prompt is on one side of the split, and what is too long is left out and
+    said.
+    """
+    rows = [
+        {"prompt": f"词汇：小兔，第{i % 40}个", "chosen": f"小兔来了{i}次。", "rejected": "坏"}
+        for i in range(100)
+    ]
     rows += [{"prompt": "词汇：长", "chosen": "长" * 3000, "rejected": "短"}] * 2
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -374,7 +393,10 @@ def test_adapters(preferred, tuned, tiny_sft, tmp_path):
     assert done.returncode == 0, done.stderr
     base, state = read_checkpoint(tuned)["model"], read_checkpoint(tmp_path / "out")["model"]
     for name, weight in base.items():
-        same(state[name if name in state else name.replace(".weight", ".parametrizations.weight.original")], weight)
+        same(
+            state[name if name in state else name.replace(".weight", ".parametrizations.weight.original")],
+            weight,
+        )
     assert any(w.abs().max() > 0 for name, w in state.items() if name.endswith(".B"))
 
 
@@ -421,11 +443,15 @@ def test_unusable_pairs_are_left_out_and_counted(reason, tuned, tiny_sft, tmp_pa
 def test_advice_names_what_helps(tuned, tiny_sft, tmp_path):
     """Too long: block_size. One prompt: more of them."""
     file = tmp_path / "pairs.json"
-    file.write_text(json.dumps([{"prompt": f"问{i}", "chosen": "好" * 30, "rejected": "坏"} for i in range(8)]))
+    file.write_text(
+        json.dumps([{"prompt": f"问{i}", "chosen": "好" * 30, "rejected": "坏"} for i in range(8)])
+    )
     done = preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file, block_size=8)
     assert_one_line_error(done, file, "8 left out (longer than block_size = 8)")
     file.write_text(json.dumps([{"prompt": "问", "chosen": f"好{i}", "rejected": "坏"} for i in range(8)]))
-    assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file), file, "two prompts or more")
+    assert_one_line_error(
+        preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file), file, "two prompts or more"
+    )
 
 
 def test_pairs_have_no_cut_characters(tuned):
@@ -433,8 +459,15 @@ def test_pairs_have_no_cut_characters(tuned):
     checkpoint = read_checkpoint(tuned)
     tokenizer = load_tokenizer(checkpoint["tokenizer"], tuned)
     model, prompts = build_model(checkpoint, tuned), [[tokenizer.eos_id()]] * 512
-    options = {"temperature": 100.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5}  # all tokens, also those of bytes
-    steps = [tokens.tolist() for tokens in sample.generate(model, prompts, end_token=tokenizer.eos_id(), **options)]
+    options = {
+        "temperature": 100.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": 5,
+    }  # all tokens, also those of bytes
+    steps = [
+        tokens.tolist() for tokens in sample.generate(model, prompts, end_token=tokenizer.eos_id(), **options)
+    ]
     texts = [tokenizer.decode(list(tokens)) for tokens in zip(*steps, strict=True)]
     cut = [i for i, text in enumerate(texts) if text.endswith("\ufffd")]
     assert len(cut) > 3
@@ -448,7 +481,9 @@ def test_pairs_have_no_broken_characters(reference_chosen):
     """A sample whose bytes spell no text in the middle is neither chosen nor rejected."""
     reference = scored("小兔和小熊在森林里玩。", "小兔")
     stories = ["小兔和小\ufffd熊在森林里玩", "小熊在森林里玩", "小兔\ufffd和小熊小兔在森林里玩"]
-    samples = [(text, score({"词汇": "小兔"}, text) | {"finished": float(i != 2)}) for i, text in enumerate(stories)]
+    samples = [
+        (text, score({"词汇": "小兔"}, text) | {"finished": float(i != 2)}) for i, text in enumerate(stories)
+    ]
     pair = dpo.choose_pair(samples, reference, reference_chosen)
     if reference_chosen:
         assert (pair["chosen"], pair["rejected"]) == ("小兔和小熊在森林里玩。", "小熊在森林里玩")
@@ -509,4 +544,6 @@ def test_what_is_not_there(tuned, pretrained, tiny_data, tiny_sft, tmp_path):
     assert_one_line_error(preferring_here(tmp_path / "none", tiny_sft, tmp_path / "out"), tmp_path / "none")
     assert_one_line_error(preferring_here(pretrained, tiny_sft, tmp_path / "out"), pretrained, "sft.py")
     assert_one_line_error(preferring_here(tuned, tiny_data, tmp_path / "out"), tiny_data, "--task sft")
-    assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=tmp_path / "no.jsonl"), "no.jsonl")
+    assert_one_line_error(
+        preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=tmp_path / "no.jsonl"), "no.jsonl"
+    )

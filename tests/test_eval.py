@@ -42,7 +42,11 @@ few = st.text("兔熊ab", max_size=14)
 @settings(max_examples=500, deadline=None)
 @given(few, few)
 def test_common_subsequence(a, b):
-    assert stories.rewards.common_subsequence(a, b) == stories.rewards.common_subsequence(b, a) == by_recursion(a, b)
+    assert (
+        stories.rewards.common_subsequence(a, b)
+        == stories.rewards.common_subsequence(b, a)
+        == by_recursion(a, b)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,12 @@ def test_score_without_constraints():
 )
 def test_score_of_words(asked, words, words_all):
     found = stories.rewards.score({"词汇": asked}, STORY)
-    assert found == {"length": len(STORY), "repeat_4gram": 0.0, "words": pytest.approx(words), "words_all": words_all}
+    assert found == {
+        "length": len(STORY),
+        "repeat_4gram": 0.0,
+        "words": pytest.approx(words),
+        "words_all": words_all,
+    }
 
 
 @pytest.mark.parametrize(
@@ -166,12 +175,22 @@ def spoilt(tiny_sft, tmp_path):
 
 
 def test_the_whole_command(tuned, pretrained, tiny_sft, tmp_path):
-    """In a process of its own: one flat object of numbers, the shares between 0 and 1, and a line for each figure."""
+    """In a process of its own: one flat object of numbers, the shares between 0 and 1, and a line for each
+    figure.
+    """
     args = ("--ckpt", tuned, "--data", tiny_sft, "--num", 12, "--json", tmp_path / "figures.json")
     done = run_script("-m", "tools.eval", *args)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert all(type(value) in (int, float) and math.isfinite(value) for value in figures.values())
-    shares = {"words_all", "finished", "repeat_4gram", "sentence_lcs80", "words", "sentence_exact", "dialogue"}
+    shares = {
+        "words_all",
+        "finished",
+        "repeat_4gram",
+        "sentence_lcs80",
+        "words",
+        "sentence_exact",
+        "dialogue",
+    }
     assert shares | {"bits_per_char", "length"} <= set(figures)
     assert all(0 <= figures[name] <= 1 for name in shares) and figures["bits_per_char"] > 0
     too_long = sum(length_of(e) > 256 for e in examples_in(tiny_sft, "val"))
@@ -179,7 +198,9 @@ def test_the_whole_command(tuned, pretrained, tiny_sft, tmp_path):
     for text in ("12 held-out", "stories with all their words", f"{figures['bits_per_char']:.2f}",
                  f"{figures['finished']:.1%}"):  # fmt: skip
         assert text in done.stdout
-    other = figures_of(tmp_path / "a" / "b" / "other.json", "--ckpt", pretrained, "--data", tiny_sft, "--num", 12)
+    other = figures_of(
+        tmp_path / "a" / "b" / "other.json", "--ckpt", pretrained, "--data", tiny_sft, "--num", 12
+    )
     assert figures["bits_per_char"] < other["bits_per_char"] - 0.3  # the tuned model has learned something
 
 
@@ -195,7 +216,9 @@ def greedy(model, prompt, limit):
 
 
 def test_figures_by_hand(spoilt, tuned, tmp_path):
-    """One example after another: the likeliest story of a slow reference, scored by hand from what was asked."""
+    """One example after another: the likeliest story of a slow reference, scored by hand from what was
+    asked.
+    """
     path = find_checkpoints(tuned)[0]
     model = build_model(read_checkpoint(path), path)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spoilt / "tokenizer.model"))
@@ -206,7 +229,11 @@ def test_figures_by_hand(spoilt, tuned, tmp_path):
         story, answer = tokenizer.decode(ids), tokenizer.decode(response)
         asked = dict(line.split("：", 1) for line in tokenizer.decode(prompt).split("\n"))
         grams = [story[i : i + 4] for i in range(len(story) - 3)]
-        expected = {"length": len(story), "finished": finished, "repeat_4gram": 1 - len({*grams}) / len(grams)}
+        expected = {
+            "length": len(story),
+            "finished": finished,
+            "repeat_4gram": 1 - len({*grams}) / len(grams),
+        }
         expected |= {"reference_length": len(answer), "examples": 1, "too_long": 0}
         if "词汇" in asked:
             present = [word in story for word in asked["词汇"].split("，")]
@@ -219,7 +246,13 @@ def test_figures_by_hand(spoilt, tuned, tmp_path):
         reseal(spoilt)
         figures = figures_of(tmp_path / "figures.json", "--ckpt", path, "--data", spoilt, "--temperature", 0)
         assert {name: figures.get(name) for name in expected} == pytest.approx(expected)
-        others = {"bits_per_char", "sentence_lcs80", "reference_repeat_4gram", "consistent", "reference_consistent"}
+        others = {
+            "bits_per_char",
+            "sentence_lcs80",
+            "reference_repeat_4gram",
+            "consistent",
+            "reference_consistent",
+        }
         assert figures.keys() - expected.keys() <= others
         scored |= expected.keys()
     assert {"words_all", "sentence_exact", "dialogue"} <= scored
@@ -236,7 +269,9 @@ def test_figures_do_not_depend_on_how_many_stories_are_told_at_once(tuned, tiny_
 def test_the_best_of_several(tuned, tiny_sft, tmp_path):
     """Of the same samples the best has at least as many words as a single one; the heading says how many."""
     args = ("--ckpt", tuned, "--data", tiny_sft, "--num", 20)
-    one, best = (figures_of(tmp_path / "a.json", *args, "--best_of", n, "--batch_size", 8 * n) for n in (1, 8))
+    one, best = (
+        figures_of(tmp_path / "a.json", *args, "--best_of", n, "--batch_size", 8 * n) for n in (1, 8)
+    )
     assert best["words"] > one["words"] and best["words_all"] >= one["words_all"] and best["examples"] == 20
     assert "best of 8" in eval_here(*args, "--num", 2, "--best_of", 8).stdout
     assert_one_line_error(eval_here(*args, "--best_of", 0), "--best_of 0")
@@ -262,7 +297,10 @@ def test_the_same_seed_gives_the_same_figures(tuned, tmp_path):
     args = ("--ckpt", tuned, "--num", 6)
     one, again, other = (figures_of(tmp_path / "a.json", *args, "--seed", seed) for seed in (7, 7, 8))
     assert one == again and one["length"] != other["length"]
-    assert one["bits_per_char"] == other["bits_per_char"] and one["reference_length"] == other["reference_length"]
+    assert (
+        one["bits_per_char"] == other["bits_per_char"]
+        and one["reference_length"] == other["reference_length"]
+    )
 
 
 def test_show(tuned):
@@ -278,10 +316,16 @@ def test_show(tuned):
 def test_what_is_not_there(tuned, tiny_data, tmp_path):
     assert_one_line_error(eval_here("--ckpt", tmp_path / "none"), tmp_path / "none")
     assert_one_line_error(eval_here("--ckpt", tmp_path), tmp_path, "ckpt_*.pt")
-    assert_one_line_error(eval_here("--ckpt", tuned, "--data", tmp_path / "none"), tmp_path / "none", "prepare.py")
-    assert_one_line_error(eval_here("--ckpt", tuned, "--data", tiny_data), tiny_data, "instructions", "--task sft")
+    assert_one_line_error(
+        eval_here("--ckpt", tuned, "--data", tmp_path / "none"), tmp_path / "none", "prepare.py"
+    )
+    assert_one_line_error(
+        eval_here("--ckpt", tuned, "--data", tiny_data), tiny_data, "instructions", "--task sft"
+    )
     assert_one_line_error(eval_here(), "--ckpt")
-    assert_one_line_error(run_script("-m", "tools.eval", "--ckpt", tmp_path / "none", check=False), tmp_path / "none")
+    assert_one_line_error(
+        run_script("-m", "tools.eval", "--ckpt", tmp_path / "none", check=False), tmp_path / "none"
+    )
     (tmp_path / "file").write_text("a file")
     done = eval_here("--ckpt", tmp_path / "none", "--json", tmp_path / "file" / "a.json")
     assert_one_line_error(done, tmp_path / "file")  # at once, before anything is evaluated
@@ -324,7 +368,13 @@ def test_damaged_examples(kind, spoilt, tuned):
     """A token beyond the vocabulary is found by tools.check (test_check.py)."""
     path = spoilt / "val.bin"
     ids = np.fromfile(path, dtype="<u2")
-    damaged = {"empty": ids[:0], "cut": ids[:-2], "stories": ids[ids != 5], "no end": ids[ids != 2], "odd": ids}
+    damaged = {
+        "empty": ids[:0],
+        "cut": ids[:-2],
+        "stories": ids[ids != 5],
+        "no end": ids[ids != 2],
+        "odd": ids,
+    }
     if kind == "missing":
         path.unlink()
     else:

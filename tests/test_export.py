@@ -124,7 +124,9 @@ def test_adapters_are_merged(proto, tmp_path):
 
 
 def hard_texts(tokenizer):
-    """Text of all kinds; and the same few characters and pieces over and over, which can be joined in many ways."""
+    """Text of all kinds; and the same few characters and pieces over and over, which can be joined in many
+    ways.
+    """
     texts = ["Once upon a time, a rabbit.", "😀👩‍👩‍👧 emoji", "  two  spaces ", "\n\n\t\r\n", "ﬁ①ｶＡ", "e\u0301 é",
              "مرحبا", "<0x0A> <unk", "\u3000\xa0\u200b\ufeff\0", "\U0001f430𠀀龘", "", " ", "字" * 999]  # fmt: skip
     rng = random.Random(1)
@@ -173,7 +175,9 @@ def test_the_same_greedy_story(words, theirs, their_tokenizer, our_tokenizer, tu
     )["input_ids"]
     assert ids == encode_prompt(our_tokenizer, TEMPLATE, asked, "")
     told = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=150)[0, len(ids) :]
-    assert done.stdout == their_tokenizer.decode(told, skip_special_tokens=True) + "\n" and len(done.stdout) > 20
+    assert (
+        done.stdout == their_tokenizer.decode(told, skip_special_tokens=True) + "\n" and len(done.stdout) > 20
+    )
 
 
 def test_the_documented_snippet(folder, capsys):
@@ -315,7 +319,9 @@ def test_only_what_is_known_is_kept(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     config["microstories"] |= {"lora": {"rank": 10**9, "alpha": 1.0}, "optimizers": []}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")  # as Notepad saves it
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(config), encoding="utf-8-sig"
+    )  # as Notepad saves it
     assert export_here("--from_hf", tmp_path / "hf", "--out_dir", tmp_path / "out").returncode == 0
     assert not {"lora", "optimizers"} & read_checkpoint(tmp_path / "out").keys()
 
@@ -468,7 +474,9 @@ def test_tokenizers_of_another_kind(changes, tmp_path):
     "changes", [{}, {"required_chars": ""}, {"vocab_size": 4000}, {"treat_whitespace_as_suffix": True}]
 )
 def test_tokenizers_like_ours(changes, tmp_path):
-    """The options of the test above make tokenizers that can be exported: ids and text are those of SentencePiece."""
+    """The options of the test above make tokenizers that can be exported: ids and text are those of
+    SentencePiece.
+    """
     ours = sentencepiece.SentencePieceProcessor(model_proto=trained_otherwise(tmp_path, **changes))
     content = json.dumps(tools.export.tokenizer_json(ours, tmp_path))
     theirs = tokenizers.Tokenizer.from_str(content)
@@ -512,11 +520,15 @@ def test_gguf(kind, folders, tmp_path):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], 4)
     expected = {names.get_name(name, try_suffixes=(".weight",)): weight for name, weight in weights.items()}
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    if kind == "llama":  # its format turns neighbours, ours the two halves of a head: rows are in another order
+    if (
+        kind == "llama"
+    ):  # its format turns neighbours, ours the two halves of a head: rows are in another order
         assert "rope_freqs.weight" not in found
         config = json.loads((folders[kind] / "config.json").read_text())
         for name, weight in expected.items():
-            heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+            heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(
+                name.split(".")[-2]
+            )
             if heads:
                 rows = weight.view(config[heads], 2, -1, weight.size(1)).transpose(1, 2)
                 expected[name] = rows.reshape(weight.shape)

@@ -1,4 +1,6 @@
-"""The script of GPU checks, as far as a CPU goes: its commands run, and a check that fails does not stop the others."""
+"""The script of GPU checks, as far as a CPU goes: its commands run, and a check that fails does not stop the
+others.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""Records become instructions, and instructions tokens: read back by hand, and no text forges a control token."""
+"""Records become instructions, and instructions tokens: read back by hand, and no text forges a control
+token.
+"""
 
 import itertools
 import json
@@ -63,7 +65,10 @@ def without(record, *keys):
             {"instruction": "a: b", "input": "词汇：铲子\n作者：小明"},
             "a: b\n词汇：铲子\n作者：小明",
         ),  # one unknown line
-        ({"instruction": "写：", "input": "词汇：铲子\n词汇：草地"}, "写：\n词汇：铲子\n词汇：草地"),  # asked twice
+        (
+            {"instruction": "写：", "input": "词汇：铲子\n词汇：草地"},
+            "写：\n词汇：铲子\n词汇：草地",
+        ),  # asked twice
         ({"instruction": "写：", "input": "词汇：\n摘要：好"}, "写：\n词汇：\n摘要：好"),  # asks for nothing
     ],
 )
@@ -87,14 +92,18 @@ def test_alpaca_text_is_left_as_it_is(record, asked):
     ],
 )
 def test_alpaca_constraints_are_normalised_and_reordered(record):
-    """As given comes first, then other orders and subsets, all different; at most the 15 that three lines have."""
+    """As given comes first, then other orders and subsets, all different; at most the 15 that three lines
+    have.
+    """
     lines = ["词汇：铲子，草地，雪人", "摘要：小兔找到 了失主。", "特点：转折"]
     record = record | {"output": STORY}
     assert examples(record) == [("\n".join(lines), STORY)]
     for augment, count in ((2, 2), (8, 8), (15, 15), (16, 15), (1000, 15)):
         found = examples(record, augment)
         assert found[0] == ("\n".join(lines), STORY) and len(set(found)) == len(found) == count
-        assert {asked for asked, _ in found} <= ordered_lists(lines) and {told for _, told in found} == {STORY}
+        assert {asked for asked, _ in found} <= ordered_lists(lines) and {told for _, told in found} == {
+            STORY
+        }
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,9 @@ def test_every_synonym(name, spellings, colon):
         assert examples(record, 9) == [(f"{name}：铲子", STORY)]
 
 
-@pytest.mark.parametrize("text", ["", " \n", "铲子", "铲子：词汇", "词汇", "词汇：", "：铲子", "词汇：a\n\n摘要：b"])
+@pytest.mark.parametrize(
+    "text", ["", " \n", "铲子", "铲子：词汇", "词汇", "词汇：", "：铲子", "词汇：a\n\n摘要：b"]
+)
 def test_what_is_no_list_of_constraints(text):
     assert read_constraints(text) is None
 
@@ -143,7 +154,9 @@ def test_augment_gives_different_lists_up_to_all(left, count):
 
 
 def test_stories_differ_in_what_is_asked():
-    """The lists are drawn, not always the same one: over many stories every length and every first line occurs."""
+    """The lists are drawn, not always the same one: over many stories every length and every first line
+    occurs.
+    """
     asked = [examples(RECORD | {"story_zh": f"第{i}天。"})[0][0].split("\n") for i in range(300)]
     assert {len(lines) for lines in asked} == {1, 2, 3, 4}
     assert {lines[0] for lines in asked} == LINES
@@ -153,10 +166,16 @@ def test_the_same_every_time():
     """In other processes, whatever the hashes of strings are there."""
     code = "import json, sys; from stories.records import examples_of; " \
            "print(json.dumps(examples_of(json.loads(sys.argv[1]), 'here', 'story_zh', 8)))"  # fmt: skip
-    for record in (RECORD, without(RECORD, "sentence_zh"), {"input": "\n".join(sorted(LINES)), "output": STORY}):
+    for record in (
+        RECORD,
+        without(RECORD, "sentence_zh"),
+        {"input": "\n".join(sorted(LINES)), "output": STORY},
+    ):
         expected = [list(pair) for pair in examples(record, 8)]
         for seed in ("0", "1"):
-            assert json.loads(run_script("-c", code, json.dumps(record), PYTHONHASHSEED=seed).stdout) == expected
+            assert (
+                json.loads(run_script("-c", code, json.dumps(record), PYTHONHASHSEED=seed).stdout) == expected
+            )
 
 
 def test_a_sentence_of_the_story_where_none_is_given():
@@ -215,7 +234,12 @@ def test_records_that_ask_for_nothing(record):
 
 # Text with everything that has a meaning somewhere: separators, colons, names, every kind of line end.
 letters = st.sampled_from(
-    [*"，,、；;：: \n\0\u200b\ufeff\ufe0f\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029\u3000兔a。", *NAMES, "总结：", "\n摘要："]
+    [
+        *"，,、；;：: \n\0\u200b\ufeff\ufe0f\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029\u3000兔a。",
+        *NAMES,
+        "总结：",
+        "\n摘要：",
+    ]
 )
 any_value = st.lists(letters | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join)
 
@@ -233,9 +257,9 @@ def normalised(name, value):
 
 
 def constraints(value):
-    return st.lists(st.tuples(st.sampled_from(NAMES), value), min_size=1, max_size=4, unique_by=lambda t: t[0]).map(
-        dict
-    )
+    return st.lists(
+        st.tuples(st.sampled_from(NAMES), value), min_size=1, max_size=4, unique_by=lambda t: t[0]
+    ).map(dict)
 
 
 @settings(max_examples=500, deadline=None)
@@ -265,7 +289,11 @@ def test_whatever_the_values_hold(given_):
             "summary_zh": any_value | st.none(),
             "sentence_zh": any_value | st.none(),
             "instruction": st.fixed_dictionaries(
-                {}, optional={"words": st.lists(any_value, max_size=3), "features": st.lists(any_value, max_size=3)}
+                {},
+                optional={
+                    "words": st.lists(any_value, max_size=3),
+                    "features": st.lists(any_value, max_size=3),
+                },
             )
             | any_value,
         },
@@ -291,7 +319,8 @@ def test_never_an_empty_instruction(record, augment):
 
 
 def read_pairs(folder):
-    """{split: its (instruction, response) pairs}: the ids cut at the end token and at the control tokens by hand.
+    """{split: its (instruction, response) pairs}: the ids cut at the end token and at the control tokens by
+    hand.
 
     Every example has exactly the control tokens that frame it, each in its place."""
     meta = json.loads((folder / "meta.json").read_text())
@@ -311,7 +340,9 @@ def read_pairs(folder):
             assert [i for i in example if tokenizer.is_control(i)] == [*before, answer]
             at = example.index(answer)
             assert example[: len(before)] == before
-            found[split].append((tokenizer.decode(example[len(before) : at]), tokenizer.decode(example[at + 1 :])))
+            found[split].append(
+                (tokenizer.decode(example[len(before) : at]), tokenizer.decode(example[at + 1 :]))
+            )
         assert len(found[split]) == meta[split]["stories"] and len(ids) == meta[split]["tokens"]
     return found
 
@@ -326,7 +357,13 @@ def write_records(path, records):
 
 
 def prepare_sft(out, tokenizer, *inputs, check=True, **more):
-    options = {"task": "sft", "tokenizer": tokenizer, "out_dir": out, "val_fraction": 0.3, "workers": 1} | more
+    options = {
+        "task": "sft",
+        "tokenizer": tokenizer,
+        "out_dir": out,
+        "val_fraction": 0.3,
+        "workers": 1,
+    } | more
     arguments = (f"--{k}={v}" for k, v in options.items() if v is not None)
     done = script_here(prepare.main, "prepare.py", *inputs, *arguments)
     assert not check or done.returncode == 0, done.stderr
@@ -343,13 +380,16 @@ def tokenizer(tiny_data):
 
 
 def test_round_trip(tokenizer, tmp_path):
-    """Both kinds of records in one file, as a list and as lines: the pairs come back, in the order of the file."""
+    """Both kinds of records in one file, as a list and as lines: the pairs come back, in the order of the
+    file.
+    """
     alpaca = [
         {"instruction": f"写第{i}个故事。\n", "input": "关于狗\r\n和猫 ", "output": f" 小狗{i}走了。\n\n完"}
         for i in range(20)
     ]
     listed = [
-        {"instruction": "写", "input": f"单词:狗,猫{i}\n概要: 有{i}只。", "output": f"{i}只狗。"} for i in range(20)
+        {"instruction": "写", "input": f"单词:狗,猫{i}\n概要: 有{i}只。", "output": f"{i}只狗。"}
+        for i in range(20)
     ]
     told = [RECORD | {"story_zh": f"{STORY}\n{i}"} for i in range(20)]
     records = [r for group in zip(alpaca, listed, told, strict=True) for r in group]
@@ -363,7 +403,9 @@ def test_round_trip(tokenizer, tmp_path):
         expected.append((f"词汇：狗，猫{i}\n摘要：有{i}只。", f"{i}只狗。"))
         expected.append((None, f"{STORY}\n{i}"))
     found = read_pairs(tmp_path / "jsonl")
-    assert sorted(told for split in found.values() for _, told in split) == sorted(told for _, told in expected)
+    assert sorted(told for split in found.values() for _, told in split) == sorted(
+        told for _, told in expected
+    )
     for pairs in found.values():
         assert len(pairs) > 5
         here = {told for _, told in pairs}
@@ -372,21 +414,28 @@ def test_round_trip(tokenizer, tmp_path):
 
 
 def test_split_is_by_story(tiny_data, tokenizer, tmp_path):
-    """With 8 instructions a story none is on both sides, and the sides are those of pretraining on the same file."""
+    """With 8 instructions a story none is on both sides, and the sides are those of pretraining on the same
+    file.
+    """
     file = tiny_data.parent / "stories.jsonl"
     prepare_sft(tmp_path / "out", tokenizer, file, val_fraction=0.1, augment=8)
     found = read_pairs(tmp_path / "out")
     reader, sides = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)), {}
     for split in ("train", "val"):
         ids = np.fromfile(tiny_data / f"{split}.bin", dtype="<u2")
-        sides[split] = [reader.decode(story.tolist()) for story in np.split(ids, np.flatnonzero(ids == 2) + 1)[:-1]]
+        sides[split] = [
+            reader.decode(story.tolist()) for story in np.split(ids, np.flatnonzero(ids == 2) + 1)[:-1]
+        ]
         assert [told for _, told in found[split]] == [story for story in sides[split] for _ in range(8)]
         assert len(set(found[split])) == len(found[split])
     assert len(sides["val"]) > 10 and not set(sides["train"]) & set(sides["val"])
     records = {r["story_zh"]: r for r in map(json.loads, file.read_text("utf-8").splitlines())}
     for asked, told in found["val"]:
         r = records[told]
-        lines = [f"词汇：{'，'.join(r['instruction']['words'])}", f"特点：{'，'.join(r['instruction']['features'])}"]
+        lines = [
+            f"词汇：{'，'.join(r['instruction']['words'])}",
+            f"特点：{'，'.join(r['instruction']['features'])}",
+        ]
         lines += [f"摘要：{r['summary_zh']}", f"随机句子：{r['sentence_zh']}"]
         assert asked in ordered_lists(lines)
 
@@ -402,7 +451,9 @@ def test_duplicate_pairs_are_dropped(tokenizer, tmp_path):
     ]
     pairs += [(f"写{i}", f"故事{i}") for i in range(20)]
     again = [(f" {a}\r\n", f"{b} ") for a, b in pairs[::2]]
-    file = write_records(tmp_path / "a.jsonl", [{"instruction": a, "output": b} for a, b in pairs + again + pairs])
+    file = write_records(
+        tmp_path / "a.jsonl", [{"instruction": a, "output": b} for a, b in pairs + again + pairs]
+    )
     prepare_sft(tmp_path / "out", tokenizer, file)
     found = read_pairs(tmp_path / "out")
     assert sorted(found["train"] + found["val"]) == sorted(pairs)
@@ -437,7 +488,11 @@ def test_real_instructions(shared, tokenizer, tmp_path):
         lines = [re.split("[：:]", line, maxsplit=1) for line in r["input"].strip().split("\n")]
         names = [synonyms.get(line[0].strip(), line[0].strip()) for line in lines]
         asked = f"{r['instruction']}\n{r['input']}"
-        if set(names) <= set(NAMES) and len(set(names)) == len(names) and all(spaced(line[-1]) for line in lines):
+        if (
+            set(names) <= set(NAMES)
+            and len(set(names)) == len(names)
+            and all(spaced(line[-1]) for line in lines)
+        ):
             asked = "\n".join(f"{n}：{normalised(n, line[1])}" for n, line in zip(names, lines, strict=True))
             listed += 1
         expected.append(tuple(unicodedata.normalize("NFC", text).strip() for text in (asked, r["output"])))
@@ -477,8 +532,13 @@ def test_text_never_forges_a_control_token(model, tokenizer, tmp_path, request):
         records += [{"story_zh": f"狗{text}", "instruction": {"words": [f"狗{one_line}", "猫"]}}]
         expected.add((f"词汇：狗{one_line}，猫", f"狗{text}".strip()))
     kept = len(records)
-    for i, text in enumerate(("\ud83d", "\udc00", "a\udfffb", "\u2581", "a\0\0b")):  # halves of characters, and others
-        records += [{"instruction": f"写{text}", "output": f"好{i}"}, {"instruction": f"写{i}", "output": f"好{text}"}]
+    for i, text in enumerate(
+        ("\ud83d", "\udc00", "a\udfffb", "\u2581", "a\0\0b")
+    ):  # halves of characters, and others
+        records += [
+            {"instruction": f"写{text}", "output": f"好{i}"},
+            {"instruction": f"写{i}", "output": f"好{text}"},
+        ]
         records += [{"story_zh": f"熊{i}", "instruction": {"words": [text]}}]
     prepare_sft(tmp_path / "out", tokenizer, write_records(tmp_path / "a.jsonl", records))
     found = read_pairs(tmp_path / "out")
@@ -641,7 +701,11 @@ def test_a_key_twice_in_a_turn_is_counted(tokenizer, tmp_path):
 
 def test_a_conversation_that_the_assistant_begins_is_counted(tokenizer, tmp_path):
     """As in many of ShareGPT's: left out, not cut."""
-    turns = [{"from": "gpt", "value": "你好"}, {"from": "human", "value": "写"}, {"from": "gpt", "value": "好"}]
+    turns = [
+        {"from": "gpt", "value": "你好"},
+        {"from": "human", "value": "写"},
+        {"from": "gpt", "value": "好"},
+    ]
     records = [{"conversations": turns}] + [
         {"conversations": [turns[1], {"from": "gpt", "value": f"好{i}"}]} for i in range(12)
     ]

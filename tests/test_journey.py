@@ -1,4 +1,6 @@
-"""docs/journey.md and journey.zh.md: their commands run, in order, and the functions and files they name are there."""
+"""docs/journey.md and journey.zh.md: their commands run, in order, and the functions and files they name are
+there.
+"""
 
 import ast
 import contextlib
@@ -18,7 +20,11 @@ import pytest
 from conftest import ROOT, TINY, script_here
 
 TEXTS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("journey.md", "journey.zh.md")}
-NEEDS = {"tools.plot": ["matplotlib"], "tools.export": ["safetensors"], "transformers": ["transformers", "safetensors"]}
+NEEDS = {
+    "tools.plot": ["matplotlib"],
+    "tools.export": ["safetensors"],
+    "transformers": ["transformers", "safetensors"],
+}
 
 
 def blocks(text, kind):
@@ -63,9 +69,9 @@ def test_every_chapter_has_its_parts(name):
         first = prose(text).split("\n\n")[1]
         assert first.startswith(("**Open** `", "**打开** `")) and names_in(first)
         assert blocks(text, "bash")
-        assert len(re.findall(r"^```bash\n[^`]*^```\n\n```text\n[^`]+^```$", text, re.MULTILINE)) == text.count(
-            "```bash"
-        )
+        assert len(
+            re.findall(r"^```bash\n[^`]*^```\n\n```text\n[^`]+^```$", text, re.MULTILINE)
+        ) == text.count("```bash")
         tasks = re.split(r"^\*\*(?:Exercises|练习)\*\*$", text, flags=re.MULTILINE)[1]
         items = re.split(r"^\d\. ", tasks, flags=re.MULTILINE)[1:]
         assert len(items) == 2
@@ -105,18 +111,27 @@ def demo(tiny_data, tiny_sft, pretrained, tuned, tmp_path_factory):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    made = {"data/demo": tiny_data, "data/demo_sft": tiny_sft, "out/demo": pretrained.parent, "out/demo_sft": tuned}
+    made = {
+        "data/demo": tiny_data,
+        "data/demo_sft": tiny_sft,
+        "out/demo": pretrained.parent,
+        "out/demo_sft": tuned,
+    }
     for name, there in made.items():
         shutil.copytree(there, folder / name)
     shutil.copy(tiny_data.parent / "stories.jsonl", folder / "data")
     config, tiny = folder / "config" / "demo.py", TINY | {"block_size": 256}
     others = [x for x in config.read_text(encoding="utf-8").splitlines() if x.split(" = ")[0] not in tiny]
-    config.write_text("\n".join([*others, *(f"{key} = {value!r}" for key, value in tiny.items())]), encoding="utf-8")
+    config.write_text(
+        "\n".join([*others, *(f"{key} = {value!r}" for key, value in tiny.items())]), encoding="utf-8"
+    )
     return folder
 
 
 def run_here(command, folder):
-    """What the command printed. Python's commands run in this process, which spares the seconds it takes to start."""
+    """What the command printed. Python's commands run in this process, which spares the seconds it takes to
+    start.
+    """
     assert not set("$`\\!") & set(command)  # which a shell would read otherwise than shlex does
     words = shlex.split(command)
     if words[:2] == ["python", "-c"] and len(words) == 3:

@@ -32,7 +32,9 @@ def chain(path):
 
 
 def test_the_top_level_is_the_five_scripts():
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     if not listed:
         pytest.skip("not a git checkout")
     assert sorted(p for p in listed if "/" not in p) == SCRIPTS

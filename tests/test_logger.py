@@ -34,7 +34,9 @@ def scalars(folder):
 def figures(folder):
     """The same of metrics.jsonl, in the float32 that TensorBoard keeps."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return sorted((name, line["step"], np.float32(x)) for line in lines for name, x in line.items() if name != "step")
+    return sorted(
+        (name, line["step"], np.float32(x)) for line in lines for name, x in line.items() if name != "step"
+    )
 
 
 @needs_tensorboard
@@ -57,7 +59,9 @@ def test_tensorboard_after_a_kill(tiny_data, tmp_path):
     code += "train.run.start_log = killed\ntrain.report_errors(train.main)"
     done = run_script("-c", code, *options[1:], check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert max(step for _, step, _ in scalars(out)) == 13 and find_checkpoints(out)[0].name == "ckpt_000008.pt"
+    assert (
+        max(step for _, step, _ in scalars(out)) == 13 and find_checkpoints(out)[0].name == "ckpt_000008.pt"
+    )
     assert scalars(out) == figures(out)  # the kill took nothing
     run_script(*options, "--resume=True")  # in a later second, by which TensorBoard orders its files
     assert scalars(out) == figures(out)
@@ -141,6 +145,12 @@ def test_wandb_that_cannot_start(tiny_data, tmp_path):
     home |= {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     command = [sys.executable, *arguments(tiny_data, tmp_path / "out", "wandb")]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200
+        command,
+        cwd=ROOT,
+        env=os.environ | home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert_one_line_error(done, "logger", "wandb login")

@@ -16,7 +16,15 @@ from sample import draw_noise, generate, prefill, sample_token
 from sft import add_lora
 from tools.estimate import flops_per_token
 
-SHAPE = {"vocab_size": 97, "block_size": 40, "n_layer": 3, "n_head": 6, "n_kv_head": 2, "head_dim": 10, "n_embd": 36}
+SHAPE = {
+    "vocab_size": 97,
+    "block_size": 40,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_kv_head": 2,
+    "head_dim": 10,
+    "n_embd": 36,
+}
 SHAPE |= {"intermediate_size": 44, "rope_theta": 5000.0}
 
 
@@ -83,7 +91,9 @@ def test_attention_equals_a_slow_loop_in_float64(T, S, kind):
             for t in range(T):
                 seen = [s for s in range(S) if (s <= t if mask is None else mask[b, 0, t, s])]
                 weights = torch.stack([(ref[0][b, h, t] @ ref[1][b, h, s] / 8**0.5).exp() for s in seen])
-                expected[b, h, t] = sum(w / weights.sum() * ref[2][b, h, s] for w, s in zip(weights, seen, strict=True))
+                expected[b, h, t] = sum(
+                    w / weights.sum() * ref[2][b, h, s] for w, s in zip(weights, seen, strict=True)
+                )
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
     for a, b in zip(grads, torch.autograd.grad(expected, ref, upstream.double()), strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
@@ -274,7 +284,9 @@ def test_ended_sequences_change_nothing(temperature):
     model = small()
     prompts, widths = [[3, 4, 5], [7], [8, 9, 10, 11, 12], *([i, i + 1] for i in range(20, 30))], []
     free = torch.stack(list(generate(model, prompts, 25, 0, temperature)))
-    end = free.flatten().bincount()[1:].argmax().item() + 1  # a frequent token as the end: some sequences end early
+    end = (
+        free.flatten().bincount()[1:].argmax().item() + 1
+    )  # a frequent token as the end: some sequences end early
     model.register_forward_pre_hook(lambda module, args: widths.append(args[0].size(0)))
     for seed in range(2):
         made = [step.tolist() for step in generate(model, prompts, 25, end, temperature, top_k=50, seed=seed)]
@@ -324,7 +336,16 @@ def fake_cuda(tmp_path):
             "namespace c10::impl { using Guard = NoOpDeviceGuardImpl<DeviceType::CUDA>;\n"
             "C10_REGISTER_GUARD_IMPL(CUDA, Guard) }\n"
         )
-        command = ["c++", "-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "guard.cpp", "-lc10"]
+        command = [
+            "c++",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{home}/include",
+            f"-L{home}/lib",
+            "guard.cpp",
+            "-lc10",
+        ]
         subprocess.run([*command, "-o", "guard.so"], cwd=folder, check=True)
         torch.ops.load_library(folder / "guard.so")
     with FakeTensorMode():
@@ -363,7 +384,9 @@ def test_build_model_restores(tmp_path):
 
 
 def test_a_cache_that_grows_tells_the_same():
-    """As without a cache: of 150 tokens, which it grows for twice, each is the likeliest after those before it."""
+    """As without a cache: of 150 tokens, which it grows for twice, each is the likeliest after those before
+    it.
+    """
     model, tokens = small(block_size=256), [3, 4, 5]
     told = [token.item() for token in generate(model, [tokens], 150, end_token=0, temperature=0)]
     for token in told:
@@ -378,7 +401,9 @@ def test_compiled_decoding_tells_the_same():
     for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 20, "seed": 3}):
         options |= {"max_new_tokens": 150, "end_token": 0}  # the cache grows twice
         for rows in (prompts, prompts[:1]):
-            eager, compiled = (torch.stack(list(generate(model, rows, compile=c, **options))) for c in (False, True))
+            eager, compiled = (
+                torch.stack(list(generate(model, rows, compile=c, **options))) for c in (False, True)
+            )
             assert torch.equal(eager, compiled) and len(eager) == 150
 
 

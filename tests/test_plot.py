@@ -73,7 +73,9 @@ def test_what_is_drawn(story_run):
         assert title in texts
     assert texts.count("step") == 4 and texts.count(str(story_run)) == 1
     assert lines == [4 + 3, 0, 0, 0, 0, 0]  # the learning rate needs no smoothing
-    n_validations = 1 + sum("val_loss" in line for line in metrics_of(story_run))  # and one before the first step
+    n_validations = 1 + sum(
+        "val_loss" in line for line in metrics_of(story_run)
+    )  # and one before the first step
     assert points == [n_validations, 0, 0, 0, 0, 0] and n_validations > 1
     assert drawn(story_run, "--smooth", 0)[1] == [4, 0, 0, 0, 0, 0]
 
@@ -127,7 +129,9 @@ def test_a_run_that_is_still_writing(story_run):
 
 def test_files_of_older_versions(tmp_path):
     """They have mfu, which is no longer drawn."""
-    texts, lines, _ = drawn(write_metrics(tmp_path / "old", line(1, loss=2.0, mfu=0.5), line(2, loss=1.0, mfu=0.5)))
+    texts, lines, _ = drawn(
+        write_metrics(tmp_path / "old", line(1, loss=2.0, mfu=0.5), line(2, loss=1.0, mfu=0.5))
+    )
     assert "loss (points: validation)" in texts and lines[0] == 1
 
 

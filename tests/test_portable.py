@@ -1,5 +1,6 @@
-"""What is missing on other systems: fcntl and resource (Windows), a console that is not UTF-8. Windows itself was not
-tried: these runs are on the system at hand, without those modules, and start their workers as Windows does."""
+"""What is missing on other systems: fcntl and resource (Windows), a console that is not UTF-8. Windows itself
+was not tried: these runs are on the system at hand, without those modules, and start their workers as Windows
+does."""
 
 import json
 import os

@@ -100,14 +100,18 @@ def names_in(folder):
 
 
 def make(out, *inputs, vocab_size=600, val_fraction=0.2, constants="", **more):
-    """Run prepare.py; `constants` are assignments to its bounds made first, such as "stories.read.BLOCK = 7"."""
+    """Run prepare.py; `constants` are assignments to its bounds made first, such as "stories.read.BLOCK =
+    7".
+    """
     options = {"out_dir": out, "val_fraction": val_fraction, "vocab_size": vocab_size, **more}
     args = [*inputs, *(f"--{key}={value}" for key, value in options.items())]
     if not constants:
         done = script_here(prepare.main, "prepare.py", *args)
         assert done.returncode == 0, done.stderr
         return done
-    return run_script("-c", f"import prepare, stories.read; {constants}; prepare.report_errors(prepare.main)", *args)
+    return run_script(
+        "-c", f"import prepare, stories.read; {constants}; prepare.report_errors(prepare.main)", *args
+    )
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +163,9 @@ FORMATS = {
     "strings.json": lambda s: json.dumps(s, ensure_ascii=False).encode(),
     "bom_crlf_pretty.json": lambda s: (
         b"\xef\xbb\xbf\r\n"
-        + json.dumps([{"story_zh": t} for t in s], ensure_ascii=False, indent=2).replace("\n", "\r\n").encode()
+        + json.dumps([{"story_zh": t} for t in s], ensure_ascii=False, indent=2)
+        .replace("\n", "\r\n")
+        .encode()
         + b"\r\n"
     ),
     "marked.txt": lambda s: END.join(s).encode(),
@@ -171,7 +177,9 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *(f"{name}.gz" for name in FORMATS if "bom" not in name or "csv" in name)])
+@pytest.mark.parametrize(
+    "name", [*FORMATS, *(f"{name}.gz" for name in FORMATS if "bom" not in name or "csv" in name)]
+)
 def test_formats_give_the_bins_of_jsonl(base, tmp_path, name):
     data = FORMATS[name.removesuffix(".gz")](STORIES)
     write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
@@ -209,12 +217,20 @@ def as_zst(data):
 def test_packages_and_suffixes_in_any_case(base, tmp_path, name):
     """Parquet, zst, and suffixes in capitals give the bins of the .jsonl file."""
     kind = name.lower()
-    data = as_parquet(STORIES) if ".parquet" in kind else FORMATS.get(kind.partition(".zst")[0], jsonl)(STORIES)
+    data = (
+        as_parquet(STORIES) if ".parquet" in kind else FORMATS.get(kind.partition(".zst")[0], jsonl)(STORIES)
+    )
     if "json" in kind and "jsonl" not in kind:
         data = FORMATS["a.json"](STORIES)
     if kind.startswith("all"):
         data = as_tar({"x/A.JSONL": data, "x/._A.JSONL": b"\0\5\x16\7"})
-    data = as_zst(data) if kind.endswith(".zst") else gzip.compress(data) if kind.endswith(("gz", "tgz")) else data
+    data = (
+        as_zst(data)
+        if kind.endswith(".zst")
+        else gzip.compress(data)
+        if kind.endswith(("gz", "tgz"))
+        else data
+    )
     write(tmp_path / name, data)
     make(tmp_path / "out", tmp_path / name)
     for file in ("train.bin", "val.bin", "tokenizer.model"):
@@ -226,7 +242,9 @@ def test_packages_and_suffixes_in_any_case(base, tmp_path, name):
 def test_damaged_packages(base, tmp_path, name, how):
     data = as_parquet(STORIES) if "parquet" in name else as_zst(jsonl(STORIES))
     write(tmp_path / name, data[: len(data) * 2 // 3] if how == "cut" else b"no such format at all" * 9)
-    done = script_here(prepare.main, "prepare.py", tmp_path / name, "--out_dir", tmp_path / "out", "--vocab_size", 600)
+    done = script_here(
+        prepare.main, "prepare.py", tmp_path / name, "--out_dir", tmp_path / "out", "--vocab_size", 600
+    )
     assert_one_line_error(done, tmp_path / name)
     assert not (tmp_path / "out").exists()
 
@@ -248,7 +266,9 @@ def test_a_missing_package_is_named(tmp_path):
 
 
 def test_what_is_not_read_is_named(base, tmp_path):
-    """Metadata, folders of prepare.py and unknown kinds are skipped, and named; hidden files are not looked at."""
+    """Metadata, folders of prepare.py and unknown kinds are skipped, and named; hidden files are not looked
+    at.
+    """
     write(tmp_path / "in" / "ok.JSONL", jsonl(STORIES))
     for name in ("._ok.jsonl", ".DS_Store", "dataset_infos.json", "notes.md", ".cache/deep/x.jsonl"):
         write(tmp_path / "in" / name, b"\0\1\2")
@@ -268,7 +288,9 @@ def test_what_is_not_read_is_named(base, tmp_path):
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 def test_text_of_several_lines(base, tmp_path, ends, start):
-    """Stories of one to four lines with empty lines between: as many as there are; the report shows how it was cut."""
+    """Stories of one to four lines with empty lines between: as many as there are; the report shows how it
+    was cut.
+    """
     texts = [ends.join(f"第{i}天，第{k}行。" for k in range(1 + i % 4)) for i in range(40)]
     file = write(tmp_path / "a.txt", start + (ends * 2).join(texts).encode())
     done = make(tmp_path / "out", file, tokenizer=base / "tokenizer.model")
@@ -286,7 +308,9 @@ UNIX, WINDOWS, OLD_MAC = "\n", "\r\n", "\r"
     ("marked.txt", f"\n{END}\n", TWO_LINES),
     ("lines.jsonl", "\n", [json.dumps({"story_zh": text}, ensure_ascii=False) for text in TWO_LINES]),
 ])  # fmt: skip
-@pytest.mark.parametrize("first, second", [(WINDOWS, UNIX), (UNIX, WINDOWS), (OLD_MAC, UNIX), (OLD_MAC, OLD_MAC)])
+@pytest.mark.parametrize(
+    "first, second", [(WINDOWS, UNIX), (UNIX, WINDOWS), (OLD_MAC, UNIX), (OLD_MAC, OLD_MAC)]
+)
 def test_mixed_line_ends(tmp_path, monkeypatch, name, between, texts, first, second):
     """Files of several systems joined, wherever a block ends: every story is one."""
     half = len(texts) // 2
@@ -338,12 +362,16 @@ NOT_WHAT_THEY_SEEM = {  # name: (bytes, words of the message)
     "arrow/data-00000-of-00001.arrow": (b"ARROW1", ["can be read", "data-00000-of-00001.arrow"]),
 }  # fmt: skip
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
-NOT_WHAT_THEY_SEEM |= {f"pointer.{kind}": (POINTER, ["git lfs pull"]) for kind in ("jsonl", "json", "txt", "csv")}
+NOT_WHAT_THEY_SEEM |= {
+    f"pointer.{kind}": (POINTER, ["git lfs pull"]) for kind in ("jsonl", "json", "txt", "csv")
+}
 
 
 @pytest.mark.parametrize("name", NOT_WHAT_THEY_SEEM)
 def test_files_that_are_not_what_they_seem(tmp_path, name):
-    """Other encodings, JSON under another name, pointers and web pages: refused with what to do, never read as text."""
+    """Other encodings, JSON under another name, pointers and web pages: refused with what to do, never read
+    as text.
+    """
     data, words = NOT_WHAT_THEY_SEEM[name]
     path = write(tmp_path / name, data)
     path = path if path.parent == tmp_path else path.parent
@@ -581,7 +609,11 @@ def test_cleaning_and_counts(tmp_path):
         "双  空格\t和\t制表", "\ufeff有记号\u200b", "😀👨‍👩‍👧", "爱❤\ufe0f", "旗🏴\U000e0067\U000e007f", "零\u200b宽",
         *STORIES,
     ]  # fmt: skip
-    halves = ['{"story_zh": "\\ud800 半个"}\n', '{"story_zh": "半个 \\udc00"}\n', '{"story_zh": "\\udc00\\ud800"}\n']
+    halves = [
+        '{"story_zh": "\\ud800 半个"}\n',
+        '{"story_zh": "半个 \\udc00"}\n',
+        '{"story_zh": "\\udc00\\ud800"}\n',
+    ]
     whole = '{"story_zh": "\\ud83d\\ude00 两半成一个"}\n'
     file = write(tmp_path / "a.jsonl", jsonl(raw) + "".join([*halves, whole]).encode())
     make(tmp_path / "out", file)
@@ -591,7 +623,12 @@ def test_cleaning_and_counts(tmp_path):
     unique = list(dict.fromkeys(kept))
     found = assert_holds(tmp_path / "out", unique)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["dropped"] == {"duplicate": len(kept) - len(unique), "empty": 9, "not_unicode": 3, "unencodable": 7}
+    assert meta["dropped"] == {
+        "duplicate": len(kept) - len(unique),
+        "empty": 9,
+        "not_unicode": 3,
+        "unencodable": 7,
+    }
     assert {"有记号", "爱❤\ufe0f", "旗🏴\U000e0067\U000e007f", "零\u200b宽", "😀👨‍👩‍👧"} <= set(unique)
     for split, texts in found.items():
         assert meta[split] == {
@@ -629,7 +666,12 @@ SPELLINGS = ["<s>", "</s>", "<|endoftext|>", "<|im_end|>", "<|user|>", "<pad>", 
 def test_spelt_control_tokens_are_counted(base, tmp_path, name):
     """They stay text; the report counts the stories that hold one, and shows it."""
     texts = [f"小狗{i}走了。{spelling}" for i, spelling in enumerate(SPELLINGS)]
-    form = {"a.jsonl": jsonl, "a.json": FORMATS["a.json"], "a.csv": as_csv, "a.txt": lambda s: "\n".join(s).encode()}
+    form = {
+        "a.jsonl": jsonl,
+        "a.json": FORMATS["a.json"],
+        "a.csv": as_csv,
+        "a.txt": lambda s: "\n".join(s).encode(),
+    }
     if name == "a.txt":
         texts.remove(f"小狗2走了。{END}")  # which is a separator there
     plain = [text for text in ONE_LINE if "<" not in text] + ["小狗<走>了 [笑]，1<2。<br>"]
@@ -637,13 +679,18 @@ def test_spelt_control_tokens_are_counted(base, tmp_path, name):
     done = make(tmp_path / "out", file, tokenizer=base / "tokenizer.model")
     assert_holds(tmp_path / "out", texts + plain)
     assert f"{len(texts)} texts spell a control token, which stays text: '<s>'" in done.stdout
-    done = make(tmp_path / "out", write(tmp_path / name, form[name](plain)), tokenizer=base / "tokenizer.model")
+    done = make(
+        tmp_path / "out", write(tmp_path / name, form[name](plain)), tokenizer=base / "tokenizer.model"
+    )
     assert "control token" not in done.stdout
 
 
 def test_what_separates_is_no_story(base, tmp_path):
     """The separator behind the last story does not count as an empty one."""
-    for name, data in {"a.txt": "\n".join(ONE_LINE) + "\n", "b.txt": f"\n{END}\n".join(STORIES) + END}.items():
+    for name, data in {
+        "a.txt": "\n".join(ONE_LINE) + "\n",
+        "b.txt": f"\n{END}\n".join(STORIES) + END,
+    }.items():
         make(tmp_path / "out", write(tmp_path / name, data.encode()), tokenizer=base / "tokenizer.model")
         assert json.loads((tmp_path / "out" / "meta.json").read_text())["dropped"]["empty"] == 0
 
@@ -706,7 +753,9 @@ TRICKY = [
     "  ", "\n", "\u2585", "\u2047", "\ufffd", "\ufeff", "\u200b", "\u202e", "שלום", "مرحبا", "😀", "👩‍👩‍👧", "🇨🇳",
     "e\u0301", "ﬁ", "Ａ", "①", "猫", "hello", "\U0010ffff", "\x1b[0m", "\\n", "%s",
 ]  # fmt: skip
-any_text = st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(TRICKY), st.text(max_size=3))).map("".join))
+any_text = st.one_of(
+    st.text(), st.lists(st.one_of(st.sampled_from(TRICKY), st.text(max_size=3))).map("".join)
+)
 
 
 def assert_round_trip(tokenizer, text):
@@ -769,17 +818,23 @@ def test_small_corpus_says_what_it_fills(tmp_path):
 
 def test_chatglm_tokenizer(shared, tmp_path):
     done = make(tmp_path / "out", shared / "zh_stories.jsonl", tokenizer=shared / "chatglm_tokenizer.model")
-    raw = [json.loads(line)["story_zh"] for line in (shared / "zh_stories.jsonl").read_text("utf-8").splitlines()]
+    raw = [
+        json.loads(line)["story_zh"] for line in (shared / "zh_stories.jsonl").read_text("utf-8").splitlines()
+    ]
     kept = [t for t in map(reference_clean, raw) if t and "▁" not in t]
     assert_holds(tmp_path / "out", list(dict.fromkeys(kept)))  # which holds ids against vocab_size, too
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == 64789
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (shared / "chatglm_tokenizer.model").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (
+        shared / "chatglm_tokenizer.model"
+    ).read_bytes()
     assert "training" not in done.stdout
 
 
 @pytest.fixture(scope="session")
 def nmt_tokenizer(tmp_path_factory):
-    """A tokenizer with SentencePiece's own settings, as many are: it normalizes (nmt_nfkc) and has no bytes."""
+    """A tokenizer with SentencePiece's own settings, as many are: it normalizes (nmt_nfkc) and has no
+    bytes.
+    """
     path = tmp_path_factory.mktemp("nmt") / "nmt.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"第{i}天，小狗走了。小猫、小熊和小鸟也走了！" for i in range(50)]),
@@ -797,7 +852,9 @@ def test_a_tokenizer_that_changes_the_text(nmt_tokenizer, tmp_path, task):
     command = ["prepare.py", file, "--out_dir", tmp_path / "out", "--tokenizer", nmt_tokenizer, "--val_fraction", 0.2,
                "--task", task]  # fmt: skip
     done = run_script(*command, check=False)
-    example = "'第0天，小狗走了。' becomes '第0天,小狗走了。'" if task == "pretrain" else "'摘要：小狗走了' becomes"
+    example = (
+        "'第0天，小狗走了。' becomes '第0天,小狗走了。'" if task == "pretrain" else "'摘要：小狗走了' becomes"
+    )
     assert_one_line_error(done, nmt_tokenizer, example, "(100.00%)", "--allow_lossy_tokenizer")
     assert not (tmp_path / "out").exists()
     done = run_script(*command, "--allow_lossy_tokenizer")
@@ -814,7 +871,9 @@ def test_a_few_changed_texts_are_reported(nmt_tokenizer, tmp_path):
 
 
 def test_changed_texts_are_judged_at_the_end(nmt_tokenizer, tmp_path):
-    """30 changed texts before 9,000 unchanged ones, or behind them: 0.33% in all, accepted in either order."""
+    """30 changed texts before 9,000 unchanged ones, or behind them: 0.33% in all, accepted in either
+    order.
+    """
     changed = [f"小狗饕走了{i}。" for i in range(30)]
     unchanged = [f"第{i}天小狗走了。" for i in range(9000)]
     for name, texts in (("first", changed + unchanged), ("last", unchanged + changed)):
@@ -835,7 +894,9 @@ def test_too_small_a_vocabulary_says_what_is_needed(tmp_path):
 
 
 def with_pieces(model, total):
-    """A SentencePiece model grown to `total` pieces: protobuf appends to a repeated field by concatenation."""
+    """A SentencePiece model grown to `total` pieces: protobuf appends to a repeated field by
+    concatenation.
+    """
     pieces = []
     for i in range(total - sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()):
         piece = f"\U000f0000{i}".encode()
@@ -863,7 +924,8 @@ def test_the_largest_vocabulary(base, tmp_path):
 def test_bounded_sample(tmp_path):
     """A corpus beyond the bound: the same tokenizer for any order of stories and files and any workers."""
     texts = [
-        f"第{i}天，{'猫狗兔熊鸟鱼'[i % 6]}{'去来跑跳飞游'[i % 5]}了{i * 31 % 97}次。" * (1 + i % 3) for i in range(400)
+        f"第{i}天，{'猫狗兔熊鸟鱼'[i % 6]}{'去来跑跳飞游'[i % 5]}了{i * 31 % 97}次。" * (1 + i % 3)
+        for i in range(400)
     ]
     bound = 2000
     assert sum(map(len, texts)) > 4 * bound
@@ -876,9 +938,10 @@ def test_bounded_sample(tmp_path):
         drawn = int(re.search(r"tokenizer on ([\d,]+) characters", done.stdout)[1].replace(",", ""))
         assert bound // 4 < drawn <= bound
         models.append((tmp_path / f"out{seed}" / "tokenizer.model").read_bytes())
-        assert {*read_folder(tmp_path / f"out{seed}")["train"], *read_folder(tmp_path / f"out{seed}")["val"]} == {
-            *texts
-        }
+        assert {
+            *read_folder(tmp_path / f"out{seed}")["train"],
+            *read_folder(tmp_path / f"out{seed}")["val"],
+        } == {*texts}
     assert models[0] == models[1] == models[2]
 
 
@@ -974,7 +1037,9 @@ def test_ctrl_c(base, tmp_path):
             while True:
                 feed.write(b"\n" * 1000)
         stdout, stderr = process.communicate(timeout=60)
-        assert_one_line_error(subprocess.CompletedProcess([], process.returncode, stdout, stderr), "interrupted")
+        assert_one_line_error(
+            subprocess.CompletedProcess([], process.returncode, stdout, stderr), "interrupted"
+        )
         assert names_in(tmp_path / "work") == []
     finally:
         end_group(process, feed)
@@ -1046,7 +1111,9 @@ def test_foreign_folder_is_never_touched(base, tmp_path, name):
     for file in ("train.bin", "thesis.tex"):
         write(out.with_name(name) / file, b"years of work")
     file = write(tmp_path / "a.jsonl", jsonl(ONE_LINE))
-    done = script_here(prepare.main, "prepare.py", file, "--out_dir", out, "--vocab_size", 500, "--val_fraction", 0.2)
+    done = script_here(
+        prepare.main, "prepare.py", file, "--out_dir", out, "--vocab_size", 500, "--val_fraction", 0.2
+    )
     for theirs in ("train.bin", "thesis.tex"):
         assert (out.with_name(name) / theirs).read_bytes() == b"years of work"
     if name == "out":
@@ -1110,7 +1177,9 @@ def test_archive_writes_nothing_outside(base, tmp_path):
 
 
 def test_archive_members_that_are_not_read(tmp_path):
-    """Links, archives, unknown kinds, pipes and metadata are named once; hidden ones are skipped, as in a folder."""
+    """Links, archives, unknown kinds, pipes and metadata are named once; hidden ones are skipped, as in a
+    folder.
+    """
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
 
         def add(name, data=b"", kind=tarfile.REGTYPE, target=""):
@@ -1131,7 +1200,15 @@ def test_archive_members_that_are_not_read(tmp_path):
         add("dataset_info.json", b"{}")
     done = make(tmp_path / "out", tmp_path / "in.tar")
     assert_holds(tmp_path / "out", STORIES)
-    for name in ("hard.jsonl", "soft.jsonl", "blob", "b.tsv", "inner.tar.gz", "pipe.jsonl", "dataset_info.json"):
+    for name in (
+        "hard.jsonl",
+        "soft.jsonl",
+        "blob",
+        "b.tsv",
+        "inner.tar.gz",
+        "pipe.jsonl",
+        "dataset_info.json",
+    ):
         assert done.stderr.count(f"in.tar/{name}") == 1, done.stderr
     for name in (".hidden", ".cache", "._a", "sub/a.jsonl"):
         assert name not in done.stderr
@@ -1184,7 +1261,9 @@ def test_worker_processes_without_shared_memory(mounting, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not limit a process to some cores")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system does not limit a process to some cores"
+)
 def test_as_many_workers_as_cores_may_be_used():
     code = "import os, prepare; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(prepare.usable_cores())"
     assert run_script("-c", code).stdout.strip() == "1"
@@ -1279,7 +1358,9 @@ def test_bad_file(tmp_path, name):
     assert_refused(tmp_path, path, "--vocab_size", 600, words=[*file, *words])
 
 
-@pytest.mark.parametrize("name", ["empty.jsonl", "only_blank.jsonl", "gbk.json", "malformed.jsonl", "wrong_key.json"])
+@pytest.mark.parametrize(
+    "name", ["empty.jsonl", "only_blank.jsonl", "gbk.json", "malformed.jsonl", "wrong_key.json"]
+)
 def test_bad_file_with_a_tokenizer_given(base, tmp_path, name):
     data, words = BAD_FILES[name]
     path = write(tmp_path / name, data)
@@ -1342,7 +1423,16 @@ def test_out_dir_without_a_name(tmp_path, out):
     """Such a folder is hard to put in place by a rename: it works, or is refused in one line."""
     path = write(tmp_path / "a.jsonl", GOOD)
     (tmp_path / "above" / "here").mkdir(parents=True)
-    command = [sys.executable, ROOT / "prepare.py", path, "--out_dir", out, "--vocab_size", "400", "--val_fraction=.3"]
+    command = [
+        sys.executable,
+        ROOT / "prepare.py",
+        path,
+        "--out_dir",
+        out,
+        "--vocab_size",
+        "400",
+        "--val_fraction=.3",
+    ]
     done = subprocess.run(command, cwd=tmp_path / "above" / "here", capture_output=True, text=True)
     if done.returncode == 0:
         assert_holds(Path(os.path.abspath(tmp_path / "above" / "here" / out)), STORIES[:20])
@@ -1361,7 +1451,9 @@ def test_no_input_means_the_embedded_corpus(tmp_path):
     stories = [json.loads(line)["story_zh"] for line in lines]
     assert meta["train"]["stories"] + meta["val"]["stories"] == len(set(stories)) >= 20_000
     assert meta["vocab_size"] == 8192 and abs(meta["val"]["stories"] / len(stories) - 0.01) < 0.005
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "data" / "demo" / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "data" / "demo" / "tokenizer.model")
+    )
     ids = np.fromfile(tmp_path / "data" / "demo" / "train.bin", dtype=np.uint16)
     assert model.decode(ids[: int(np.argmax(ids == meta["end_token"]))].tolist()) in set(stories)
 

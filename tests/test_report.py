@@ -26,7 +26,13 @@ def test_a_report(pretrained, tuned, times, tmp_path):
     done = report(pretrained.parent, tuned, "--times", times, "--words", "太阳", "--out", out)
     assert done.returncode == 0, done.stderr
     text = out.read_text(encoding="utf-8")
-    for part in ("## Hardware", "| PyTorch | ", "| pretrain | 1 min 1 s |", "| fine-tune | 1 min 10 s |", "词汇：太阳"):
+    for part in (
+        "## Hardware",
+        "| PyTorch | ",
+        "| pretrain | 1 min 1 s |",
+        "| fine-tune | 1 min 10 s |",
+        "词汇：太阳",
+    ):
         assert part in text, part
     assert "| all | 2 min 11 s |" in text
     assert "## Evaluation" not in text  # no run has an eval.json

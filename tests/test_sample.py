@@ -40,7 +40,9 @@ def ckpt(tiny_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(ckpt):
     checkpoint = read_checkpoint(ckpt)
-    return build_model(checkpoint, ckpt), sentencepiece.SentencePieceProcessor(model_proto=checkpoint["tokenizer"])
+    return build_model(checkpoint, ckpt), sentencepiece.SentencePieceProcessor(
+        model_proto=checkpoint["tokenizer"]
+    )
 
 
 sample_here = functools.partial(script_here, sample.main, "sample.py")
@@ -77,7 +79,9 @@ def test_three_by_default_and_at_most_max_new_tokens(ckpt, loaded):
     model, tokenizer = loaded
     assert len(stories("--ckpt", ckpt, "--max_new_tokens", 5).split("\n---\n")) == 3
     for limit in (1, 5):
-        ((story, _),) = sample_stories(model, tokenizer, [[tokenizer.eos_id()]], max_new_tokens=limit, temperature=0)
+        ((story, _),) = sample_stories(
+            model, tokenizer, [[tokenizer.eos_id()]], max_new_tokens=limit, temperature=0
+        )
         assert story == greedy(model, tokenizer, "", limit)
 
 
@@ -162,7 +166,9 @@ def test_prompts_are_cleaned_as_stories_are(ckpt):
     "words", ["森林\u200b,小鸟", "\ufeff森林；小鸟\u2060", "森林;小鸟", "森林、\u3000小鸟", " 森林 ,小鸟\n"]
 )
 def test_words_as_people_paste_them(words, tuned):
-    """Each separator, and what nobody sees at the ends of words: the same story, found to have the same words."""
+    """Each separator, and what nobody sees at the ends of words: the same story, found to have the same
+    words.
+    """
     args = ("--ckpt", tuned, "--best_of", 4, "--max_new_tokens", 60)
     plain, done = sample_here(*args, "--words", "森林,小鸟"), sample_here(*args, "--words", words)
     assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)
@@ -174,7 +180,9 @@ def test_separators_are_named():
 
 
 def test_best_of(tuned):
-    """The best of the batch by the rules of the evaluation, said on stderr; again the same with the same seed."""
+    """The best of the batch by the rules of the evaluation, said on stderr; again the same with the same
+    seed.
+    """
     args = ("--ckpt", tuned, "--words", "森林,小鸟", "--features", "对话", "--best_of", 6, "--seed", 3)
     args += ("--dtype", "float32")
     done = sample_here(*args)
@@ -184,7 +192,9 @@ def test_best_of(tuned):
     prompt = encode_prompt(tokenizer, checkpoint["template"], write_constraints(asked), "")
     stories_ = sample_stories(model, tokenizer, [prompt] * 6, seed=3, max_new_tokens=300)
     rewards = [reward(score(asked, story) | {"finished": float(finished)}) for story, finished in stories_]
-    assert done.stdout.removesuffix("\n") == stories_[rewards.index(max(rewards))][0] and min(rewards) < max(rewards)
+    assert done.stdout.removesuffix("\n") == stories_[rewards.index(max(rewards))][0] and min(rewards) < max(
+        rewards
+    )
     assert done.stderr.startswith("(best of 6: ")
     words = [w for w in ("森林", "小鸟") if w not in done.stdout]
     assert ("all words" if not words else f"words missing: {'，'.join(words)}") in done.stderr
@@ -237,7 +247,9 @@ def test_many_stories_come_in_batches(ckpt):
 
 def test_many_to_choose_from_come_in_batches(tuned):
     """The best of 70 is the best of 64 and of 6 with the next seed, scored one by one."""
-    done = sample_here("--ckpt", tuned, "--words", "森林", "--max_new_tokens", 9, "--best_of", 70, "--dtype", "float32")
+    done = sample_here(
+        "--ckpt", tuned, "--words", "森林", "--max_new_tokens", 9, "--best_of", 70, "--dtype", "float32"
+    )
     saved = read_checkpoint(tuned)
     model, tokenizer = build_model(saved, tuned).eval(), load_tokenizer(saved["tokenizer"], tuned)
     prompt = encode_prompt(tokenizer, saved["template"], "词汇：森林", "")
@@ -264,13 +276,25 @@ def test_prompt_file(ckpt, tmp_path):
 
 def test_interactive(ckpt):
     """Each line that comes through the pipe is answered before the next is read."""
-    command = [sys.executable, "sample.py", "--ckpt", ckpt, "--interactive", "--num", "2", "--max_new_tokens", "9"]
+    command = [
+        sys.executable,
+        "sample.py",
+        "--ckpt",
+        ckpt,
+        "--interactive",
+        "--num",
+        "2",
+        "--max_new_tokens",
+        "9",
+    ]
     process = subprocess.Popen(
         [*map(str, command), "--temperature", "0"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     for prompt in ("小猫", "大狗🐶", ""):
-        expected = stories("--ckpt", ckpt, "--num", 2, "--max_new_tokens", 9, "--temperature", 0, "--prompt", prompt)
+        expected = stories(
+            "--ckpt", ckpt, "--num", 2, "--max_new_tokens", 9, "--temperature", 0, "--prompt", prompt
+        )
         process.stdin.write(f"{prompt}\n".encode())
         process.stdin.flush()
         assert process.stdout.read(len(expected.encode())).decode() == expected
@@ -278,7 +302,9 @@ def test_interactive(ckpt):
     assert not rest and process.returncode == 0
 
 
-@pytest.mark.parametrize("stdin", ["帽子,消防员\n", "帽子,消防员", "\ufeff帽子，消防员\n", "帽子;消防员\u200b\r\n"])
+@pytest.mark.parametrize(
+    "stdin", ["帽子,消防员\n", "帽子,消防员", "\ufeff帽子，消防员\n", "帽子;消防员\u200b\r\n"]
+)
 def test_answers_that_end_early(stdin, tuned):
     """At the end of the input the questions left are skipped. A byte order mark is no part of an answer."""
     args = ("--num", 2, "--max_new_tokens", 30, "--temperature", 1.0)
@@ -291,7 +317,9 @@ def run_script_with(stdin, *args):
     command = [sys.executable, *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, input=stdin.encode(), capture_output=True)
-    return SimpleNamespace(returncode=done.returncode, stdout=done.stdout.decode(), stderr=done.stderr.decode())
+    return SimpleNamespace(
+        returncode=done.returncode, stdout=done.stdout.decode(), stderr=done.stderr.decode()
+    )
 
 
 def test_no_input_to_read_answers_from(ckpt):
@@ -378,7 +406,10 @@ def pieces_of(tokenizer, tokens, prompt="", **options):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.text(st.sampled_from("从前有一只兔子，🐰🌸👩‍🚀é𠮷ẞ \n") | st.characters(exclude_categories=["Cs"]), max_size=30)
+    st.text(
+        st.sampled_from("从前有一只兔子，🐰🌸👩‍🚀é𠮷ẞ \n") | st.characters(exclude_categories=["Cs"]),
+        max_size=30,
+    )
 )
 def test_streaming_writes_whole_characters(loaded, text):
     """Characters that are spelt in bytes come out whole, none is lost, none twice."""
@@ -399,7 +430,9 @@ def test_streaming_is_not_held_back(loaded):
 
 
 def test_bytes_that_are_no_character(loaded):
-    """A model may say bytes that spell nothing: they show as the replacement character and the story goes on."""
+    """A model may say bytes that spell nothing: they show as the replacement character and the story goes
+    on.
+    """
     _, tokenizer = loaded
     broken = [tokenizer.piece_to_id("<0xF0>"), tokenizer.piece_to_id("<0x9F>")]
     tokens = [*broken, *tokenizer.encode("从前"), tokenizer.eos_id()]
@@ -434,16 +467,24 @@ def rabbits(loaded, tmp_path):
         for i, (token, after) in enumerate(zip([tokenizer.eos_id(), *ring], [1, 2, 3, 4, 1], strict=True)):
             model.embedding.weight[token, i] = 1.0
             mlp.gate_proj.weight[i, i] = mlp.up_proj.weight[i, i] = mlp.down_proj.weight[after, i] = 5.0
-    state = {"model": model.state_dict(), "model_config": vars(config), "tokenizer": tokenizer.serialized_model_proto()}
+    state = {
+        "model": model.state_dict(),
+        "model_config": vars(config),
+        "tokenizer": tokenizer.serialized_model_proto(),
+    }
     torch.save(state | {"step": 1, "settings": {}}, tmp_path / "ckpt_000001.pt")
     return tmp_path
 
 
 def test_streaming_through_a_pipe(rabbits):
-    """What a terminal receives: every piece that arrives is whole characters, and they come one after another."""
+    """What a terminal receives: every piece that arrives is whole characters, and they come one after
+    another.
+    """
     command = [sys.executable, "sample.py", "--ckpt", str(rabbits), "--num", "1", "--temperature", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--max_new_tokens", "399"], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "--max_new_tokens", "399"], cwd=ROOT, env=env, stdout=subprocess.PIPE
+    )
     received = []
     while piece := os.read(process.stdout.fileno(), 1 << 16):
         received.append(piece)
@@ -485,7 +526,8 @@ def test_bad_values(key, values, ckpt):
 
 
 @pytest.mark.parametrize(
-    "args", [["--num=x"], ["--temperature=hot"], ["--nmu=3"], ["--ckpt"], ["--seed=1.5"], ["stray"], ["--num"]]
+    "args",
+    [["--num=x"], ["--temperature=hot"], ["--nmu=3"], ["--ckpt"], ["--seed=1.5"], ["stray"], ["--num"]],
 )
 def test_what_is_no_option(args, ckpt):
     """Left to argparse: its usage and one line, status 2."""
@@ -575,7 +617,8 @@ def test_checkpoints_that_cannot_serve(kind, ckpt, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"n_layer": 3}, {"n_embd": 16}, {"vocab_size": 7}, {"block_size": 0}, {"head_dim": "x"}, {"unknown": 1}]
+    "change",
+    [{"n_layer": 3}, {"n_embd": 16}, {"vocab_size": 7}, {"block_size": 0}, {"head_dim": "x"}, {"unknown": 1}],
 )
 def test_weights_and_shape_that_do_not_fit(change, ckpt, tmp_path):
     state = read_checkpoint(ckpt)
@@ -590,7 +633,9 @@ def test_tokenizer_that_does_not_fit_the_model(ckpt, tmp_path):
     state["model"]["embedding.weight"] = fewer
     state["model_config"]["vocab_size"] = 500
     torch.save(state, tmp_path / "model.pt")
-    assert_one_line_error(sample_here("--ckpt", tmp_path / "model.pt", "--prompt", "小兔子和小猫在森林里"), "model.pt")
+    assert_one_line_error(
+        sample_here("--ckpt", tmp_path / "model.pt", "--prompt", "小兔子和小猫在森林里"), "model.pt"
+    )
 
 
 def test_output_is_utf8_text(ckpt):

@@ -1,5 +1,5 @@
-"""The server: the stories of sample.py by OpenAI's protocol, to a real client; many visitors at once, none of whom can
-do harm; the page, in a browser too."""
+"""The server: the stories of sample.py by OpenAI's protocol, to a real client; many visitors at once, none of
+whom can do harm; the page, in a browser too."""
 
 import contextlib
 import http.client
@@ -86,8 +86,8 @@ def serving(ckpt, *args, end=signal.SIGINT):
 
 
 def random_checkpoint(like, path, n_layer):
-    """A model that has learned nothing, with the tokenizer of another: it never ends a story, for the likeliest
-    tokens have logits above 0, and the end has 0."""
+    """A model that has learned nothing, with the tokenizer of another: it never ends a story, for the
+    likeliest tokens have logits above 0, and the end has 0."""
     torch.manual_seed(1)
     state = read_checkpoint(like)
     config = ModelConfig(vocab_size=state["model_config"]["vocab_size"], block_size=1024, n_layer=n_layer, n_head=1,
@@ -113,7 +113,9 @@ def client(tuned_server):
 
 @pytest.fixture(scope="module")
 def slow_server(pretrained, tmp_path_factory):
-    """Two stories at once, each of some thousand tokens and more milliseconds. It is ended in the middle of one."""
+    """Two stories at once, each of some thousand tokens and more milliseconds. It is ended in the middle of
+    one.
+    """
     path = random_checkpoint(pretrained, tmp_path_factory.mktemp("slow") / "ckpt_000001.pt", 60)
     with serving(path, "--per_minute", 9999, "--batch", 2, end=signal.SIGTERM) as server:
         yield server
@@ -184,7 +186,13 @@ def joined(stream):
 REQUESTS = [
     {"words": "铲子，草地", "seed": 7},
     {"words": ["帽子", "消防员"], "features": ["对话", "转折"], "temperature": 0.5, "seed": 8},
-    {"summary": "小猴拿着铜盆\n去湖边捞月亮。", "sentence": "它笑了。", "temperature": 1.3, "top_p": 0.8, "seed": 9},
+    {
+        "summary": "小猴拿着铜盆\n去湖边捞月亮。",
+        "sentence": "它笑了。",
+        "temperature": 1.3,
+        "top_p": 0.8,
+        "seed": 9,
+    },
     {"temperature": 0, "features": "对话", "seed": 0},
     {"top_p": 0.01, "temperature": 2, "words": "a \u3000 b", "seed": 0},
     {"prompt": [" 从前\r\n有一只🐰 "], "words": "森林", "seed": 2**53},
@@ -205,25 +213,31 @@ def sampled(ckpt, max_tokens=100_000, **asked):
 
 
 def test_the_stories_of_sample_py_alone_and_in_company(tuned, client):
-    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by sixteen
-    clients at once with other settings.
+    """A seed's story is the one sample.py generates with it: asked for alone, as a stream or not, and by
+    sixteen clients at once with other settings.
 
-    Products of matrices with more rows are rounded differently, and this model of few steps finds many tokens all but
-    equally likely: in company a story may turn another way at some point."""
+    Products of matrices with more rows are rounded differently, and this model of few steps finds many tokens
+    all but equally likely: in company a story may turn another way at some point."""
     expected = [sampled(tuned, **asked) for asked in REQUESTS]
     assert len({story for _, story in expected}) == len(expected)
     for asked, (opening, story) in zip(REQUESTS, expected, strict=True):
         answer = complete(client, **asked)
         (choice,) = answer.choices
         assert opening + choice.text == story and choice.seed == asked["seed"]
-        assert answer.object == "text_completion" and answer.model == tuned.name and answer.id.startswith("cmpl-")
+        assert (
+            answer.object == "text_completion"
+            and answer.model == tuned.name
+            and answer.id.startswith("cmpl-")
+        )
         assert choice.finish_reason in ("stop", "length") and answer.usage.completion_tokens > 1
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         texts, ends, others = joined(complete(client, **asked, stream=True))
         assert texts == {0: choice.text} and ends[0].finish_reason == choice.finish_reason and not others
     many = list(itertools.islice(itertools.cycle(range(len(REQUESTS))), 16))
     with ThreadPoolExecutor(16) as pool:
-        told = list(pool.map(lambda i: expected[i][0] + complete(client, **REQUESTS[i]).choices[0].text, many))
+        told = list(
+            pool.map(lambda i: expected[i][0] + complete(client, **REQUESTS[i]).choices[0].text, many)
+        )
     assert sum(story == expected[i][1] for story, i in zip(told, many, strict=True)) >= 12
     assert all(story[:12] == expected[i][1][:12] for story, i in zip(told, many, strict=True))
 
@@ -236,7 +250,9 @@ def test_another_seed_each_time(client):
 
 def test_several_choices(client):
     """Choice i is the story of the seed plus i; in a stream each piece says whose it is."""
-    alone = [complete(client, words="森林", seed=seed, max_tokens=40).choices[0].text for seed in range(5, 13)]
+    alone = [
+        complete(client, words="森林", seed=seed, max_tokens=40).choices[0].text for seed in range(5, 13)
+    ]
     answer = complete(client, words="森林", seed=5, n=8, max_tokens=40)
     assert [choice.index for choice in answer.choices] == list(range(8))
     assert [choice.seed for choice in answer.choices] == list(range(5, 13))
@@ -255,9 +271,12 @@ def test_the_best_of_several(tuned, client):
     texts, ends, _ = joined(complete(client, **asked, stream=True))
     for choice, seeds in zip(answer.choices, (range(5, 9), range(9, 13)), strict=True):
         alone = {
-            seed: complete(client, **asked | {"seed": seed, "best_of": 1, "n": 1}).choices[0].text for seed in seeds
+            seed: complete(client, **asked | {"seed": seed, "best_of": 1, "n": 1}).choices[0].text
+            for seed in seeds
         }
-        assert choice.text[:12] == alone[choice.seed][:12]  # in company a story may turn another way (see above)
+        assert (
+            choice.text[:12] == alone[choice.seed][:12]
+        )  # in company a story may turn another way (see above)
         assert choice.met == findings({"词汇": asked["words"], "特点": "对话"}, choice.text)
         end = ends[choice.index]
         assert (texts[choice.index], end.seed, end.met) == (choice.text, choice.seed, choice.met)
@@ -279,20 +298,37 @@ def test_the_best_is_the_one_with_most_of_what_was_asked_for(tuned):
     asked = StoryRequest(words=["森林", "小鸟"], features="对话", best_of=3, n=2, seed=40)
     prompt = encode_prompt(tokenizer, read_checkpoint(tuned)["template"], asked.instruction(), "从前，森林里")
     first, second = tools.serve.make_choices(asked, asked.instruction(), [prompt], tokenizer)
-    texts = ["有一只小猫。", "有一只小鸟说：“你好。”", "有一只小鸟。", "下雨了。", "小猫说：“你好。”", "没有人。"]
+    texts = [
+        "有一只小猫。",
+        "有一只小鸟说：“你好。”",
+        "有一只小鸟。",
+        "下雨了。",
+        "小猫说：“你好。”",
+        "没有人。",
+    ]
     for story, text in zip(first.stories + second.stories, texts, strict=True):
         for token in [*tokenizer.encode(text), tokenizer.eos_id()]:
             assert not second.ended()
             story.add(token)
     assert first.ended() and second.ended()
-    for choice, index, seed, text, missing in ((first, 0, 41, texts[1], []), (second, 1, 44, texts[4], ["小鸟"])):
+    for choice, index, seed, text, missing in (
+        (first, 0, 41, texts[1], []),
+        (second, 1, 44, texts[4], ["小鸟"]),
+    ):
         part = tools.serve.part_of(asked, choice, choice.new_text(), choice.best().finish_reason)
-        assert (part["index"], part["seed"], part["text"], part["finish_reason"]) == (index, seed, text, "stop")
+        assert (part["index"], part["seed"], part["text"], part["finish_reason"]) == (
+            index,
+            seed,
+            text,
+            "stop",
+        )
         assert part["met"] == {"missing": missing, "dialogue": True}
 
 
 def test_stop_strings(tuned, client):
-    """A story ends before the first of them, which may lie across tokens; what only begins like one is sent."""
+    """A story ends before the first of them, which may lie across tokens; what only begins like one is
+    sent.
+    """
     asked = {"words": "铲子，草地", "seed": 7}
     story = complete(client, **asked).choices[0].text
     for i in range(3, 30, 4):
@@ -303,7 +339,9 @@ def test_stop_strings(tuned, client):
         assert answer.usage.completion_tokens <= i + 4
         texts, ends, _ = joined(complete(client, **asked, stop=stop, stream=True))
         assert texts == {0: story[:cut]} and ends[0].finish_reason == "stop"
-    texts, _, _ = joined(complete(client, **asked, stop=[story[9:12] + "㍿", story[-2:] + "㍿", ""], stream=True))
+    texts, _, _ = joined(
+        complete(client, **asked, stop=[story[9:12] + "㍿", story[-2:] + "㍿", ""], stream=True)
+    )
     assert texts == {0: story}
     assert complete(client, **asked, stop=story[0]).choices[0].text == ""
 
@@ -315,11 +353,16 @@ def test_max_tokens(tuned, client):
     answer = client.completions.create(model="any", prompt="", seed=7, **both)
     assert opening + answer.choices[0].text == story and answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 5
-    assert complete(client, **asked, max_tokens=2**53).choices[0].text == complete(client, **asked).choices[0].text
+    assert (
+        complete(client, **asked, max_tokens=2**53).choices[0].text
+        == complete(client, **asked).choices[0].text
+    )
 
 
 def test_chat(tuned, client):
-    """The message is the instruction, as text or in parts; constraints and the other keys work as in completions."""
+    """The message is the instruction, as text or in parts; constraints and the other keys work as in
+    completions.
+    """
     text = write_constraints({"词汇": "铲子，草地", "特点": "对话"})
     expected = complete(client, words="铲子，草地", features="对话", seed=7, max_tokens=60)
     create = client.chat.completions.create
@@ -334,12 +377,16 @@ def test_chat(tuned, client):
     usage = {"include_usage": True}
     chunks = list(complete(client, create, messages=messages, seed=7, max_tokens=60, stream=True, stream_options=usage,
                            features="对话"))  # fmt: skip
-    assert {type(chunk).model_validate(chunk.model_dump()).object for chunk in chunks} == {"chat.completion.chunk"}
+    assert {type(chunk).model_validate(chunk.model_dump()).object for chunk in chunks} == {
+        "chat.completion.chunk"
+    }
     deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
     assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert "".join(delta.content for delta in deltas) == expected.choices[0].text
     assert not chunks[-1].choices and chunks[-1].usage == expected.usage
-    best = complete(client, create, messages=[{"role": "user", "content": text}], seed=7, best_of=2).choices[0]
+    best = complete(client, create, messages=[{"role": "user", "content": text}], seed=7, best_of=2).choices[
+        0
+    ]
     assert best.seed in (7, 8) and set(best.met) == {"missing", "dialogue"}
 
 
@@ -415,7 +462,9 @@ def test_a_visitor_who_leaves_without_a_stream(slow_server):
 
 
 def test_visitors_who_leave_at_once_or_do_not_listen(slow_server):
-    """Whenever a visitor leaves, also before the first word or with all of a story unread, the place is free."""
+    """Whenever a visitor leaves, also before the first word or with all of a story unread, the place is
+    free.
+    """
     gone = []
     for wait in (0, 0, 0, 0, 0.001, 0.01, 0.1, 1):
         visitor = Listener(slow_server, prompt="从前", stream=wait == 1)
@@ -485,7 +534,9 @@ def test_what_is_not_supported_is_refused_by_name(tuned_server):
         (key,) = asked.get("stream_options", asked)
         answer = request(tuned_server, body=json.dumps({"words": "铲子"} | asked), headers=JSON)
         assert_refused(answer, 400, key)
-        assert "is not supported here" in answer[2].decode() and key in json.loads(answer[2])["error"]["param"]
+        assert (
+            "is not supported here" in answer[2].decode() and key in json.loads(answer[2])["error"]["param"]
+        )
     with pytest.raises(openai.BadRequestError) as refused:
         tuned_server.client.completions.create(model="any", prompt="", logprobs=1)
     assert refused.value.param == "logprobs"
@@ -644,7 +695,13 @@ BAD_HEADS = [
     ("GET", "/v1/models", {"Host": "evil.example"}, 403, "localhost"),
     ("POST", "/v1/completions", JSON | {"Host": "evil.example:8000"}, 403, "localhost"),
     ("POST", "/v1/completions", {"Content-Type": "text/plain"}, 415, "application/json"),
-    ("POST", "/v1/chat/completions", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "application/json"),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        415,
+        "application/json",
+    ),
     ("POST", "/v1/completions", {}, 415, "application/json"),
 ]
 
@@ -653,14 +710,20 @@ def test_refused_by_the_head(tuned_server):
     for method, path, headers, status, word in BAD_HEADS:
         answer = request(tuned_server, method, path, None, headers)
         assert_refused(answer, status, word)
-        assert answer[1]["X-Content-Type-Options"] == "nosniff" and "Access-Control-Allow-Origin" not in answer[1]
+        assert (
+            answer[1]["X-Content-Type-Options"] == "nosniff"
+            and "Access-Control-Allow-Origin" not in answer[1]
+        )
         assert status != 405 or answer[1]["Allow"]
     with pytest.raises(openai.PermissionDeniedError, match="--host"):
         client_of(tuned_server, default_headers={"Host": "evil.example"}).models.list()
     with pytest.raises(openai.NotFoundError):
         tuned_server.client.embeddings.create(model="any", input="a")
     body = '{"words": "铲子", "max_tokens": 1}'.encode()
-    assert request(tuned_server, body=body, headers={"content-TYPE": "Application/JSON; charset=utf-8"})[0] == 200
+    assert (
+        request(tuned_server, body=body, headers={"content-TYPE": "Application/JSON; charset=utf-8"})[0]
+        == 200
+    )
 
 
 def exchange(server, sent, end=b""):
@@ -737,7 +800,9 @@ def test_other_sites_only_where_they_are_allowed(tuned):
         assert "Access-Control-Allow-Origin" not in request(server, "GET", "/v1/models", None, evil)[1]
 
 
-@pytest.mark.parametrize("sent", [b"FLY / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"GET /" + b"a" * 70_000, b""])
+@pytest.mark.parametrize(
+    "sent", [b"FLY / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"GET /" + b"a" * 70_000, b""]
+)
 def test_what_is_no_request(sent, tuned_server):
     with socket.create_connection(("127.0.0.1", tuned_server.port), timeout=60) as connection:
         connection.sendall(sent)
@@ -759,7 +824,9 @@ def test_large_bodies(tuned_server):
         complete(tuned_server.client, prompt="很" * 100_000)
     assert refused.value.status_code == 413
     with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or the system would take it all at once
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+        )  # or the system would take it all at once
         connection.settimeout(60)
         connection.connect(("127.0.0.1", tuned_server.port))
         connection.sendall(HEAD + b"Content-Length: 900000\r\n\r\n")
@@ -778,7 +845,9 @@ def test_a_body_cut_off(tuned_server):
 
 
 def test_too_many_requests(tuned):
-    """Bad ones count, the page and the list of models do not. Retry-After is the true wait: not a second less."""
+    """Bad ones count, the page and the list of models do not. Retry-After is the true wait: not a second
+    less.
+    """
     with serving(tuned, "--per_minute", 20) as server:
         for number in range(20):
             assert request(server, body=b"{", headers=JSON)[0] == 400, number
@@ -811,7 +880,9 @@ def test_too_many_connections(tuned_server):
 def test_langchain(client, tuned_server):
     langchain_openai = pytest.importorskip("langchain_openai")
     url = f"{tuned_server.url}v1"
-    model = langchain_openai.ChatOpenAI(base_url=url, api_key="none", model="any", seed=7, max_tokens=9, max_retries=0)
+    model = langchain_openai.ChatOpenAI(
+        base_url=url, api_key="none", model="any", seed=7, max_tokens=9, max_retries=0
+    )
     expected = complete(client, words="铲子", seed=7, max_tokens=9).choices[0].text
     message = model.invoke("词汇：铲子")
     assert message.content == expected and message.usage_metadata["output_tokens"] == 9
@@ -869,13 +940,18 @@ class Browser:
 
     def __init__(self, driver, chromium, folder):
         self.driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(m[1] for line in self.driver.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+        port = next(
+            m[1] for line in self.driver.stdout if (m := re.search(r"successfully on port (\d+)", line))
+        )
         self.at = f"http://127.0.0.1:{port}/session"
         switches = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                     "disable-background-networking", "disable-component-update", "disable-dev-shm-usage",
                     "accept-lang=zh-CN", f"user-data-dir={folder}"]  # fmt: skip
         options = {"binary": chromium, "args": switches}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"}}
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
+        }
         self.at += "/" + self.post("", capabilities={"alwaysMatch": wanted})["sessionId"]
 
     def post(self, path, **data):
@@ -922,7 +998,9 @@ def browser(chromium):
         chromium.post("/se/log", type=kind)  # what there was before
     yield chromium
     origin = chromium.run("return location.origin")
-    events = [json.loads(entry["message"])["message"] for entry in chromium.post("/se/log", type="performance")]
+    events = [
+        json.loads(entry["message"])["message"] for entry in chromium.post("/se/log", type="performance")
+    ]
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
     assert f"{origin}/" in asked
     assert [url for url in asked if not url.startswith((f"{origin}/", "data:"))] == []
@@ -934,12 +1012,16 @@ IDLE = "!document.getElementById('tell').disabled && document.getElementById('st
 
 
 def test_a_story_in_the_browser(browser, tuned, tuned_server):
-    """Fields are typed into, Enter asks, and what was asked for is told; the language changes, the story stays."""
+    """Fields are typed into, Enter asks, and what was asked for is told; the language changes, the story
+    stays.
+    """
     browser.post("/url", url=tuned_server.url)
     assert browser.text("tell") == "生成故事" and browser.run(f"return {IDLE}")
     browser.run("document.querySelectorAll('.chips input').forEach((box, i) => { if (i < 2) box.click(); })")
     assert not browser.run("return document.getElementById('best').checked")
-    browser.run("const s = document.getElementById('temperature'); s.value = 0.5; s.dispatchEvent(new Event('input'));")
+    browser.run(
+        "const s = document.getElementById('temperature'); s.value = 0.5; s.dispatchEvent(new Event('input'));"
+    )
     assert browser.run("return document.querySelector('output').textContent") == "0.50"
     fields = {"words": "铲子，草地", "summary": "小猴捞月亮。", "sentence": "它笑了。"}
     for field, text in ({"seed": "11"} | fields).items():
@@ -949,7 +1031,11 @@ def test_a_story_in_the_browser(browser, tuned, tuned_server):
     _, told = sampled(tuned, seed=11, temperature=0.5, features="对话，转折", **fields)
     assert browser.text("story") == told
     browser.run("document.getElementById('language').click()")
-    assert browser.text("tell") == "Generate" and "seed 11" in browser.text("status") and browser.text("story") == told
+    assert (
+        browser.text("tell") == "Generate"
+        and "seed 11" in browser.text("status")
+        and browser.text("story") == told
+    )
 
 
 def test_streaming_stopping_and_hostile_text_in_the_browser(browser, slow_server):
@@ -961,7 +1047,9 @@ def test_streaming_stopping_and_hostile_text_in_the_browser(browser, slow_server
         browser.type("prompt", hostile + "\ue007")
         browser.wait_for(f"{TELLING} && document.getElementById('story').textContent")
         before = browser.text("story")
-        browser.wait_for(f"{TELLING} && document.getElementById('story').textContent.length > {len(before) + 20}")
+        browser.wait_for(
+            f"{TELLING} && document.getElementById('story').textContent.length > {len(before) + 20}"
+        )
         browser.run("document.getElementById('stop').click()")
         browser.wait_for(IDLE)
         story = browser.text("story")

@@ -46,7 +46,9 @@ def config(tmp_path):
 # ---- What a file may hold --------------------------------------------------------------------------
 
 
-@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.text(max_size=20))
+@given(
+    st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.text(max_size=20)
+)
 def test_values_are_read_as_python_has_them(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.py"
     path.write_text(f"x = {value!r}\n", encoding="utf-8")
@@ -60,7 +62,13 @@ def test_a_file_of_every_allowed_kind(config):
         "learning_rate = 6e-4\nmax_iters = 1_000\nmin_lr = +0.25\nbeta1 = 0\n"
     )
     s = load_settings([str(path)], Settings, "")
-    assert (s.data_dir, s.resume, s.learning_rate, s.max_iters, s.min_lr) == ("数据/故事", True, 6e-4, 1000, 0.25)
+    assert (s.data_dir, s.resume, s.learning_rate, s.max_iters, s.min_lr) == (
+        "数据/故事",
+        True,
+        6e-4,
+        1000,
+        0.25,
+    )
     assert s.beta1 == 0 and type(s.beta1) is float  # a whole number serves for a float
     untouched = Settings()
     assert all(
@@ -147,7 +155,9 @@ def test_what_is_not_python_is_refused(text, where, config, refused):
 def test_a_file_of_windows_notepad(config):
     """A byte order mark at its start, lines that end in a carriage return and a line feed."""
     path = config("max_iters = 5\r\nout_dir = 'a'\r\n".encode("utf-8-sig"))
-    assert load_settings([str(path)], Settings, "") == dataclasses.replace(Settings(), max_iters=5, out_dir="a")
+    assert load_settings([str(path)], Settings, "") == dataclasses.replace(
+        Settings(), max_iters=5, out_dir="a"
+    )
 
 
 def test_a_name_twice_in_a_file(config, refused):
@@ -157,7 +167,10 @@ def test_a_name_twice_in_a_file(config, refused):
 
 
 PATH_FIELDS = [
-    f for kind in (Settings, sft.Settings, dpo.Settings) for f in dataclasses.fields(kind) if f.metadata.get("path")
+    f
+    for kind in (Settings, sft.Settings, dpo.Settings)
+    for f in dataclasses.fields(kind)
+    if f.metadata.get("path")
 ]
 
 
@@ -167,7 +180,9 @@ def test_which_settings_are_paths():
 
 @pytest.mark.parametrize("text", ['"C:\\new\\temp"', '"a\\x00b"', '"data\\b"', '" "', '"\\n"'])
 def test_paths_that_cannot_be(text, config, refused):
-    """A backslash in a settings file spells a control character: no folder with a line feed in its name is made."""
+    """A backslash in a settings file spells a control character: no folder with a line feed in its name is
+    made.
+    """
     for key in ("out_dir", "data_dir"):
         path = config(f"{key} = {text}\n")
         assert_one_line_error(refused(path), f"{key} = ", repr(ast.literal_eval(text)), "backslash")
@@ -196,7 +211,9 @@ def test_missing_file_and_folder(refused, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_our_own_configs_load(path):
-    kind = {"first": sft.Settings, "sft": sft.Settings, "dpo": dpo.Settings}.get(path.stem.rpartition("_")[2], Settings)
+    kind = {"first": sft.Settings, "sft": sft.Settings, "dpo": dpo.Settings}.get(
+        path.stem.rpartition("_")[2], Settings
+    )
     assert load_settings([str(path)], kind, "") != kind()
 
 
@@ -214,7 +231,12 @@ def test_wrong_types(field, config, refused):
     """On the command line and in a file, for every key, with values that Python can and cannot read."""
     for text in WRONG.get(field.type, []):
         assert_one_line_error(refused(f"--{field.name}={text}"), field.name, field.type.__name__)
-    in_file = {int: ("1.0", "True", "'1'"), float: ("True", "'1'"), bool: ("1", "'True'"), str: ("1", "1.5", "False")}
+    in_file = {
+        int: ("1.0", "True", "'1'"),
+        float: ("True", "'1'"),
+        bool: ("1", "'True'"),
+        str: ("1", "1.5", "False"),
+    }
     for text in (*in_file[field.type], "None", "1, 2", "[3]", "{'a': 3}", "3j", "b'a'"):
         path = config(f"{field.name} = {text}\n")
         assert_one_line_error(refused(path), path, field.name, field.type.__name__)
@@ -276,7 +298,9 @@ def test_unknown_choices(key, refused):
 def test_unknown_devices(device, capsys):
     with pytest.raises(SystemExit) as stop:
         report_errors(lambda: choose_device(device))
-    assert_one_line_error(SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err), "device")
+    assert_one_line_error(
+        SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err), "device"
+    )
 
 
 # ---- Misspelt keys ---------------------------------------------------------------------------------
@@ -295,7 +319,9 @@ def distance(a, b):
 @pytest.mark.parametrize("key", KEYS)
 def test_misspelt_key_names_the_nearest(key, config, refused):
     """One letter dropped, doubled, swapped or in capitals; hyphens; a letter too many at the end."""
-    wrong = {key[:i] + key[i + 1 :] for i in range(len(key))} | {key[:i] + key[i] + key[i:] for i in range(len(key))}
+    wrong = {key[:i] + key[i + 1 :] for i in range(len(key))} | {
+        key[:i] + key[i] + key[i:] for i in range(len(key))
+    }
     wrong |= {key[:i] + key[i + 1] + key[i] + key[i + 2 :] for i in range(len(key) - 1)}
     wrong |= {key.replace("_", "-"), key.replace("_", ""), key + "s", key.capitalize()}
     for name in sorted(wrong - set(KEYS)):
@@ -312,7 +338,13 @@ def test_misspelt_key_names_the_nearest(key, config, refused):
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=30))
 def test_any_argument_is_read_or_refused(text):
     """No text at all makes anything but settings or one line."""
-    for argument in (f"--{text}", f"--{text}=1", f"--max_iters={text}", f"--learning_rate={text}", f"--seed={text}"):
+    for argument in (
+        f"--{text}",
+        f"--{text}=1",
+        f"--max_iters={text}",
+        f"--learning_rate={text}",
+        f"--seed={text}",
+    ):
         try:
             assert isinstance(load_settings([argument], Settings, ""), Settings)
         except UserError as e:
@@ -323,7 +355,11 @@ def test_any_argument_is_read_or_refused(text):
 
 @pytest.mark.parametrize(
     ("old", "value", "new"),
-    [("cooldown", "0.5", "decay_fraction"), ("eval_blocks", "64", "eval_sequences"), ("schedule", "linear", "wsd")],
+    [
+        ("cooldown", "0.5", "decay_fraction"),
+        ("eval_blocks", "64", "eval_sequences"),
+        ("schedule", "linear", "wsd"),
+    ],
 )
 def test_renamed_settings_name_the_new_one(old, value, new, config, refused):
     assert_one_line_error(refused(f"--{old}={value}"), repr(old) if old != "schedule" else old, repr(new))
@@ -345,7 +381,9 @@ def test_later_ones_override(config):
     load = lambda *arguments: load_settings([str(a) for a in arguments], Settings, "")  # noqa: E731
     assert load(path).max_iters == 5
     assert load(path, "--max_iters=7").max_iters == 7
-    assert load("--max_iters=7", path, "--seed=3") == dataclasses.replace(Settings(), max_iters=5, out_dir="a", seed=3)
+    assert load("--max_iters=7", path, "--seed=3") == dataclasses.replace(
+        Settings(), max_iters=5, out_dir="a", seed=3
+    )
     assert load("--max_iters=7", "--max_iters=8").max_iters == 8
     assert load("--out_dir=123").out_dir == "123"  # text needs no quotes
     assert load("--out_dir=a=b").out_dir == "a=b"

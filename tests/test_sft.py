@@ -1,4 +1,6 @@
-"""Instruction tuning: rows, masks and losses against slow references, real runs disturbed, LoRA, and what it tells."""
+"""Instruction tuning: rows, masks and losses against slow references, real runs disturbed, LoRA, and what it
+tells.
+"""
 
 import collections
 import itertools
@@ -56,8 +58,8 @@ def stories(*args, **kwargs):
 
 
 def examples_in(folder, split):
-    """[(prompt, response)] of a prepared folder, cut by hand: the prompt with the control tokens around it and the
-    end token that stands before every text, the response with the end token behind it."""
+    """[(prompt, response)] of a prepared folder, cut by hand: the prompt with the control tokens around it
+    and the end token that stands before every text, the response with the end token behind it."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     end, answer = tokenizer.eos_id(), tokenizer.piece_to_id("<|assistant|>")
     found, example = [], []
@@ -125,8 +127,8 @@ def test_packing_equals_slow_best_fit(drawn):
 
 
 def test_rows_of_the_embedded_corpus_are_full(tmp_path):
-    """With the row and the model of the demo, on a third of its stories, at least 95% of the places hold a real token,
-    and hardly an example is too long."""
+    """With the row and the model of the demo, on a third of its stories, at least 95% of the places hold a
+    real token, and hardly an example is too long."""
     demo = load_settings([str(ROOT / "config" / "demo.py")], train.Settings, "")
     block_size = load_settings([str(ROOT / "config" / "demo_sft.py")], Settings, "").block_size
     write_corpus(tmp_path / "all.jsonl", 8000)
@@ -141,14 +143,18 @@ def test_rows_of_the_embedded_corpus_are_full(tmp_path):
     assert data.efficiency == pytest.approx(sum(fitting) / (len(data) * block_size))
 
 
-@pytest.mark.parametrize(("block_size", "longest"), [(256, 256), (400, 256), (600, 220), (230, 256), (512, 512)])
+@pytest.mark.parametrize(
+    ("block_size", "longest"), [(256, 256), (400, 256), (600, 220), (230, 256), (512, 512)]
+)
 def test_rows_hold_every_example_once(block_size, longest, tiny_sft):
-    """Over an epoch: each example that fits, whole, its positions from 0 and its response, with the end token, all
-    that is learned; between them and at the end only filling, of which nothing is."""
+    """Over an epoch: each example that fits, whole, its positions from 0 and its response, with the end
+    token, all that is learned; between them and at the end only filling, of which nothing is."""
     examples = examples_in(tiny_sft, "train")
     fitting = [e for e in examples if length_of(e) <= min(block_size, longest)]
     data = open_examples(tiny_sft, "train", block_size, longest)
-    assert data.left_out == len(examples) - len(fitting) and (data.left_out == 0) == (block_size == longest == 512)
+    assert data.left_out == len(examples) - len(fitting) and (data.left_out == 0) == (
+        block_size == longest == 512
+    )
     batch, found = data.batch(0, len(data)), []
     assert all(values.shape == (len(data), block_size) for values in batch.values())
     for tokens, targets, documents, positions in zip(*(batch[k].tolist() for k in
@@ -185,7 +191,9 @@ def test_loss_of_a_row_is_that_of_its_examples_alone(tiny_sft, pretrained):
                 tokens = torch.tensor([prompt + response[:-1]])
                 targets = torch.tensor([[IGNORE] * (len(prompt) - 1) + response])
                 alone += model.loss(tokens, targets).item()
-                exact += F.cross_entropy(slow(tokens)[0], targets[0], ignore_index=IGNORE, reduction="sum").item()
+                exact += F.cross_entropy(
+                    slow(tokens)[0], targets[0], ignore_index=IGNORE, reduction="sum"
+                ).item()
             together = model.loss(**batch).item()
         assert together == pytest.approx(alone, rel=1e-5) and together == pytest.approx(exact, rel=1e-5)
     assert several > 6
@@ -214,7 +222,9 @@ def test_examples_do_not_see_their_neighbours(tiny_sft, pretrained):
 def test_examples_that_are_too_long_are_counted_and_said(block_size, shorter, tiny_sft, pretrained, tmp_path):
     """The shorter of the row and what the model reads decides."""
     state = read_checkpoint(pretrained)
-    torch.save(state | {"model_config": state["model_config"] | {"block_size": shorter}}, tmp_path / "base.pt")
+    torch.save(
+        state | {"model_config": state["model_config"] | {"block_size": shorter}}, tmp_path / "base.pt"
+    )
     done = tuned_here(tmp_path / "base.pt", tiny_sft, tmp_path / "out", block_size=block_size, max_iters=1)
     for split in ("train", "val"):
         lengths = [length_of(example) for example in examples_in(tiny_sft, split)]
@@ -233,7 +243,11 @@ def test_a_run_of_sft(tuned, pretrained, tiny_sft):
     """The loss falls, the metrics are train.py's, and the checkpoint holds what sampling needs."""
     lines = metrics_of(tuned)
     logs, evaluations = ([x for x in lines if key in x] for key in ("loss", "val_loss"))
-    assert [x["step"] for x in logs] == list(range(2, 61, 2)) and [x["step"] for x in evaluations] == [20, 40, 60]
+    assert [x["step"] for x in logs] == list(range(2, 61, 2)) and [x["step"] for x in evaluations] == [
+        20,
+        40,
+        60,
+    ]
     keys = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
     assert all({key for key in x if not key.startswith("val_")} == keys for x in logs)
     assert all(all(map(math.isfinite, x.values())) for x in logs)
@@ -249,9 +263,15 @@ def test_a_run_of_sft(tuned, pretrained, tiny_sft):
 
 
 def test_it_begins_with_the_pretrained_weights(pretrained, tiny_sft, tmp_path):
-    """The first loss is the pretrained model's on the first rows, from float64, and the validation figures of a
-    step that changes nothing are those of the examples one by one."""
-    s = {"max_iters": 1, "log_interval": 1, "dtype": "float32", "learning_rate": 1e-12, "eval_sequences": 1000}
+    """The first loss is the pretrained model's on the first rows, from float64, and the validation figures of
+    a step that changes nothing are those of the examples one by one."""
+    s = {
+        "max_iters": 1,
+        "log_interval": 1,
+        "dtype": "float32",
+        "learning_rate": 1e-12,
+        "eval_sequences": 1000,
+    }
     tuned_here(pretrained, tiny_sft, tmp_path / "out", **s)
     model = build_model(read_checkpoint(pretrained), pretrained).double()
     (logged,) = metrics_of(tmp_path / "out")
@@ -284,12 +304,14 @@ def start(*paths, **changes):
     """Start sft.py in a process of its own and go on at once."""
     command = [sys.executable, *tuning(*paths, **changes)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_resume_after_sigterm(tuned, pretrained, tiny_sft, tmp_path):
-    """The step is finished and saved, and the same command with --resume=True ends with the bits of the undisturbed
-    run, though the checkpoint that the run began with is gone."""
+    """The step is finished and saved, and the same command with --resume=True ends with the bits of the
+    undisturbed run, though the checkpoint that the run began with is gone."""
     base, out = tmp_path / "base.pt", tmp_path / "我的 模型"
     shutil.copy(pretrained, base)
     process = start(base, tiny_sft, out)
@@ -307,7 +329,9 @@ def test_resume_after_sigterm(tuned, pretrained, tiny_sft, tmp_path):
 
 
 def test_two_processes_tune_as_one(pretrained, tiny_sft, tmp_path):
-    """The losses, the gradient norms, the evaluations and the weights, to rounding; what is said is said once."""
+    """The losses, the gradient norms, the evaluations and the weights, to rounding; what is said is said
+    once.
+    """
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 8}
     changes |= {"eval_interval": 4, "batch_size": 3}
     assert (
@@ -325,7 +349,9 @@ def test_two_processes_tune_as_one(pretrained, tiny_sft, tmp_path):
 
 @pytest.mark.parametrize("where", ["the first example", "every example but the last"])
 def test_stories_told_on_the_way_answer_an_instruction_that_fits(where, pretrained, tiny_sft, tmp_path):
-    """Held-out instructions that are longer than the model reads do not end a run that tells stories on its way."""
+    """Held-out instructions that are longer than the model reads do not end a run that tells stories on its
+    way.
+    """
     folder = tmp_path / "data"
     shutil.copytree(tiny_sft, folder)
     long = [4, *[300] * 400, 5, 300, 2]
@@ -336,7 +362,9 @@ def test_stories_told_on_the_way_answer_an_instruction_that_fits(where, pretrain
     done = tune_here(pretrained, folder, tmp_path / "out", max_iters=2, sample_interval=1)
     assert done.returncode == 0, done.stderr
     asked = {line for line in done.stdout.splitlines() if line.startswith("[") and line.endswith("]")}
-    assert len(asked) == 1 and any(name in asked.pop() for name in ("词汇：", "特点：", "摘要：", "随机句子："))
+    assert len(asked) == 1 and any(
+        name in asked.pop() for name in ("词汇：", "特点：", "摘要：", "随机句子：")
+    )
     assert read_checkpoint(tmp_path / "out")["step"] == 2
 
 
@@ -345,11 +373,15 @@ def test_stories_told_on_the_way_answer_an_instruction_that_fits(where, pretrain
 
 @pytest.fixture(scope="module")
 def few(tiny_sft, tmp_path_factory):
-    """Four examples, a batch: every step learns from the same ones, so that the loss of each can be compared."""
+    """Four examples, a batch: every step learns from the same ones, so that the loss of each can be
+    compared.
+    """
     folder = tmp_path_factory.mktemp("few") / "data"
     shutil.copytree(tiny_sft, folder)
     chosen = [e for e in examples_in(tiny_sft, "train") if length_of(e) <= 256][:4]
-    np.array([i for prompt, response in chosen for i in prompt[1:] + response], "<u2").tofile(folder / "train.bin")
+    np.array([i for prompt, response in chosen for i in prompt[1:] + response], "<u2").tofile(
+        folder / "train.bin"
+    )
     reseal(folder)
     return folder
 
@@ -395,7 +427,9 @@ def test_adapters_begin_as_nothing(tuned):
         add_lora(model, 4, 16.0)
         assert model(tokens).equal(before)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
-    expected = {f"blocks.{i}.{m}.parametrizations.weight.0.{x}" for i in range(2) for m in MATRICES for x in "AB"}
+    expected = {
+        f"blocks.{i}.{m}.parametrizations.weight.0.{x}" for i in range(2) for m in MATRICES for x in "AB"
+    }
     assert learned == expected and len(adapted_matrices(model)) == 14
 
 
@@ -416,7 +450,10 @@ def test_adapter_by_hand(scale, tuned):
         expected, before = plain(tokens), build_model(read_checkpoint(tuned), tuned)(tokens)
         assert (expected - before).abs().max() > 0.1
         torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-4, atol=1e-4)
-        adapted = read_checkpoint(tuned) | {"model": model.state_dict(), "lora": {"rank": 4, "alpha": 4 * scale}}
+        adapted = read_checkpoint(tuned) | {
+            "model": model.state_dict(),
+            "lora": {"rank": 4, "alpha": 4 * scale},
+        }
         weights = build_model(adapted, tuned).state_dict()
         assert weights.keys() == read_checkpoint(tuned)["model"].keys()
         merged = GPT(model.config)
@@ -439,15 +476,19 @@ def test_only_the_adapters_learn(lora, pretrained):
         weight = state["model"][name]
         assert weight.shape[name.endswith("B")] == 4 and weight.abs().max() > 0
         assert not weight.equal(first[name])
-    moments = [v for o in state["optimizers"] for s in o["state"].values() for v in s.values() if v.dim() == 2]
-    assert sorted({tuple(m.shape) for m in moments}) == sorted({tuple(state["model"][n].shape) for n in names})
+    moments = [
+        v for o in state["optimizers"] for s in o["state"].values() for v in s.values() if v.dim() == 2
+    ]
+    assert sorted({tuple(m.shape) for m in moments}) == sorted(
+        {tuple(state["model"][n].shape) for n in names}
+    )
     losses = [x["loss"] for x in metrics_of(lora.out) if "loss" in x]
     assert losses[-1] < losses[0] - 0.05
 
 
 def test_the_merged_model_is_the_adapted_one(adapted, pretrained, few, tmp_path):
-    """merged.pt is an ordinary checkpoint: its logits are the adapted model's to rounding, the same greedy story
-    comes from either, and a run can begin with it."""
+    """merged.pt is an ordinary checkpoint: its logits are the adapted model's to rounding, the same greedy
+    story comes from either, and a run can begin with it."""
     out = tmp_path / "out"
     shutil.copytree(adapted("muon").out, out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -508,7 +549,9 @@ def test_resume_with_another_adapter(changes, word, adapted, pretrained, few, tm
 
 def test_adapters_where_there_were_none(tuned, pretrained, tiny_sft, tmp_path):
     shutil.copytree(tuned, tmp_path / "out")
-    assert_one_line_error(tune_here(pretrained, tiny_sft, tmp_path / "out", lora_rank=4, resume=True), "lora_rank")
+    assert_one_line_error(
+        tune_here(pretrained, tiny_sft, tmp_path / "out", lora_rank=4, resume=True), "lora_rank"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -544,7 +587,9 @@ def refused(pretrained, tiny_sft, tmp_path):
 
 def test_init_from_that_is_not_there(refused, tmp_path):
     refused(tmp_path / "none", init_from=tmp_path / "none")
-    refused(tmp_path / "none", init_from=tmp_path / "none", resume=True)  # nothing to resume: init_from counts
+    refused(
+        tmp_path / "none", init_from=tmp_path / "none", resume=True
+    )  # nothing to resume: init_from counts
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "ckpt_*.pt", init_from=tmp_path / "empty")
     (tmp_path / "text.pt").write_text("从前")
@@ -565,7 +610,9 @@ def test_data_that_is_missing_or_no_instructions(refused, tiny_data, tmp_path):
 
 
 def test_data_of_another_tokenizer(refused, pretrained):
-    model = (refused.folder / "tokenizer.model").read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
+    model = (
+        refused.folder / "tokenizer.model"
+    ).read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
     (refused.folder / "tokenizer.model").write_bytes(model)
     reseal(refused.folder)
     refused(refused.folder, "tokenizer", pretrained)
@@ -587,7 +634,9 @@ def test_unknown_keys(key, value, refused):
     refused(key, **{key: value})
 
 
-@pytest.mark.parametrize(("key", "value"), [("lora_rank", -1), ("lora_alpha", -1.0), ("lora_rank", 1.5), ("merge", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("lora_rank", -1), ("lora_alpha", -1.0), ("lora_rank", 1.5), ("merge", 1)]
+)
 def test_bad_values(key, value, refused):
     refused(key, **{key: value})
 
@@ -610,7 +659,9 @@ DAMAGE = {
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_token_files(kind, split, refused):
-    """As many responses as ends of text, or nothing is trained. That they are in turn is left to tools.check."""
+    """As many responses as ends of text, or nothing is trained. That they are in turn is left to
+    tools.check.
+    """
     path = refused.folder / f"{split}.bin"
     ids = np.fromfile(path, dtype="<u2")
     DAMAGE[kind](ids).astype("<u2").tofile(path)
@@ -644,13 +695,21 @@ def test_out_dir_that_holds_a_run(tuned, pretrained, tiny_sft):
 # ---- Stories that were asked for -------------------------------------------------------------------
 
 ASKED = {"words": ("铲子,草地", "词汇：铲子，草地"), "features": ("转折、 对话", "特点：转折，对话")}
-ASKED |= {"summary": (" 小兔找到了 失主。 ", "摘要：小兔找到了 失主。"), "sentence": ("天黑了。", "随机句子：天黑了。")}
+ASKED |= {
+    "summary": (" 小兔找到了 失主。 ", "摘要：小兔找到了 失主。"),
+    "sentence": ("天黑了。", "随机句子：天黑了。"),
+}
 
 
 def greedy(path, instruction, beginning, limit):
-    """The likeliest token again and again, without cache or batch, after the tokens of the template by hand."""
+    """The likeliest token again and again, without cache or batch, after the tokens of the template by
+    hand.
+    """
     state = read_checkpoint(path)
-    model, tokenizer = build_model(state, path), sentencepiece.SentencePieceProcessor(model_proto=state["tokenizer"])
+    model, tokenizer = (
+        build_model(state, path),
+        sentencepiece.SentencePieceProcessor(model_proto=state["tokenizer"]),
+    )
     ids, story = [END], tokenizer.encode(beginning)
     if instruction:
         ids += [USER, *tokenizer.encode(instruction), ANSWER]
@@ -663,7 +722,9 @@ def greedy(path, instruction, beginning, limit):
     return tokenizer.decode(story)
 
 
-@pytest.mark.parametrize("keys", [c for n in range(5) for c in itertools.combinations(ASKED, n)], ids="-".join)
+@pytest.mark.parametrize(
+    "keys", [c for n in range(5) for c in itertools.combinations(ASKED, n)], ids="-".join
+)
 def test_any_subset_of_constraints(keys, tuned):
     """What is asked, in the template's tokens: the story is that of the slow reference."""
     told = ["--num", 1, "--temperature", 0, "--max_new_tokens", 12]
@@ -692,7 +753,9 @@ def test_blank_constraints_are_none(blank, tuned):
 
 
 def test_interactive(tuned):
-    """Four lines through the pipe ask for a story, which comes before the next are read; blank ones ask for less."""
+    """Four lines through the pipe ask for a story, which comes before the next are read; blank ones ask for
+    less.
+    """
     args = ["--ckpt", tuned, "--num", "2", "--max_new_tokens", "9", "--temperature", "0"]
     process = subprocess.Popen(
         [sys.executable, "sample.py", *map(str, args), "--interactive"], cwd=ROOT,
@@ -730,10 +793,12 @@ FORGED = ["<|user|>", "<|assistant|>", "<s>", "</s>", "<pad>", "好</s><|user|>�
 
 @pytest.mark.parametrize("text", FORGED)
 def test_no_option_forges_a_control_token(text, tuned, monkeypatch):
-    """Seen where the model is asked: the tokens of the template, each once, and between them nothing but text,
-    in as many lines as there are constraints."""
+    """Seen where the model is asked: the tokens of the template, each once, and between them nothing but
+    text, in as many lines as there are constraints."""
     prompts, original = [], sample.sample_stories
-    monkeypatch.setattr(sample, "sample_stories", lambda *args, **kw: prompts.extend(args[2]) or original(*args, **kw))
+    monkeypatch.setattr(
+        sample, "sample_stories", lambda *args, **kw: prompts.extend(args[2]) or original(*args, **kw)
+    )
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=read_checkpoint(tuned)["tokenizer"])
     options = [x for key in ASKED for x in (f"--{key}", f"甲{text}乙")]
     stories("--ckpt", tuned, "--num", 1, "--max_new_tokens", 2, *options, "--prompt", f"从{text}前")
@@ -753,11 +818,24 @@ def test_no_option_forges_a_control_token(text, tuned, monkeypatch):
 def test_text_that_is_not_utf8(key, tuned):
     """Half characters, as Python spells what the command line could not decode, and in a real process."""
     for text in ("a\udcb4", "\ud83d"):
-        assert_one_line_error(script_here(sample.main, "sample.py", "--ckpt", tuned, f"--{key}", text), "UTF-8")
+        assert_one_line_error(
+            script_here(sample.main, "sample.py", "--ckpt", tuned, f"--{key}", text), "UTF-8"
+        )
     if key == "words":
-        command = [os.fsencode(sys.executable), b"sample.py", b"--ckpt", os.fsencode(tuned), b"--words", b"\xb4\xd3"]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-        assert_one_line_error(SimpleNamespace(returncode=done.returncode, stderr=done.stderr.decode()), "UTF-8")
+        command = [
+            os.fsencode(sys.executable),
+            b"sample.py",
+            b"--ckpt",
+            os.fsencode(tuned),
+            b"--words",
+            b"\xb4\xd3",
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True
+        )
+        assert_one_line_error(
+            SimpleNamespace(returncode=done.returncode, stderr=done.stderr.decode()), "UTF-8"
+        )
 
 
 @pytest.mark.parametrize("key", ASKED)

@@ -30,7 +30,9 @@ def mistakes_in(plots, tries):
         rows = {value for _, rows in plot.slots for row in rows for value in row}
         kinds = {a["种类"] for group in animals.values() for a in group} | groups | {"男孩", "女孩"}
         facts = rows | {letter + kind for letter in plot.cast for kind in kinds}
-        used = {letter for letter in plot.cast for beat in plot.beats for t in beat if f"{{{letter}" in t.text}
+        used = {
+            letter for letter in plot.cast for beat in plot.beats for t in beat if f"{{{letter}" in t.text
+        }
         found += [f"{plot.name}: unknown group {g}" for gs in plot.cast.values() for g in set(gs) - groups]
         found += [f"{plot.name}: {letter} is cast but never named" for letter in set(plot.cast) - used]
         found += [f"{plot.name}: unknown feature {f}" for f in set(plot.features) - set(generate.FEATURES)]
@@ -44,7 +46,11 @@ def mistakes_in(plots, tries):
                 if a not in columns | set(plot.cast)
             ]
             bad += [f"unknown feature #{f}" for f in variant.features if f not in generate.FEATURES]
-            bad += [c for c in "[]{}<>" if variant.text.count(c) != variant.text.count({"[": "]", "{": "}"}.get(c, c))]
+            bad += [
+                c
+                for c in "[]{}<>"
+                if variant.text.count(c) != variant.text.count({"[": "]", "{": "}"}.get(c, c))
+            ]
             if re.search(r"[,!?:;\"']|\.(?![^{}]*\})", variant.text):
                 bad.append("Western punctuation")
             if variant.text.count("“") != variant.text.count("”"):
@@ -53,11 +59,14 @@ def mistakes_in(plots, tries):
         if any(f.startswith(f"{plot.name}") for f in found):
             continue
         rng = random.Random(1)
-        drawn = [generate.make_story(rng, plot, names, animals, skew=1.0) for _ in range(tries)]  # rare variants too
+        drawn = [
+            generate.make_story(rng, plot, names, animals, skew=1.0) for _ in range(tries)
+        ]  # rare variants too
         good = [
             s
             for s in drawn
-            if generate.MIN_CHARS <= len(s["story_zh"]) <= generate.MAX_CHARS and len(s["instruction"]["words"]) == 3
+            if generate.MIN_CHARS <= len(s["story_zh"]) <= generate.MAX_CHARS
+            and len(s["instruction"]["words"]) == 3
         ]
         text = "".join(s["story_zh"] for s in drawn)
         if len(good) < 0.9 * tries:
@@ -68,7 +77,21 @@ def mistakes_in(plots, tries):
                 f"{long} over {generate.MAX_CHARS}, {tries - len(good) - short - long} lack three words"
             )
         found += [f"{plot.name}: the word {w} occurs in no story" for w in plot.words if w not in text]
-        for pattern in ("。。", "，，", "，。", "。，", "！。", "。！", "？。", "：。", "的的", "了了", "{", "[", "]"):
+        for pattern in (
+            "。。",
+            "，，",
+            "，。",
+            "。，",
+            "！。",
+            "。！",
+            "？。",
+            "：。",
+            "的的",
+            "了了",
+            "{",
+            "[",
+            "]",
+        ):
             if pattern in text:
                 found.append(f"{plot.name}: {pattern!r} in a story")
         if any(not s["summary_zh"] or not s["sentence_zh"] for s in drawn):
@@ -87,7 +110,9 @@ def test_size_of_the_material(corpus):
     _, stories = corpus
     names, animals = generate.read_cast()
     assert len(generate.read_plots()) >= 80
-    assert len({n for ns in names.values() for n in ns} | {a["种类"] for g in animals.values() for a in g}) >= 60
+    assert (
+        len({n for ns in names.values() for n in ns} | {a["种类"] for g in animals.values() for a in g}) >= 60
+    )
     assert len({word for s in stories for word in s["instruction"]["words"]}) >= 600
     assert len({s["story_zh"] for s in stories}) == len(stories) >= 20_000
 
@@ -115,7 +140,9 @@ def test_quotes_pair_and_sentences_end(corpus):
 
 def test_same_bytes_in_another_process(corpus, tmp_path):
     command = [sys.executable, "-m", "stories.generate", "--out", str(tmp_path / "again.jsonl")]
-    subprocess.run(command, cwd=ROOT, check=True, env={"PYTHONHASHSEED": "7", "LANG": "C", "PATH": "/usr/bin"})
+    subprocess.run(
+        command, cwd=ROOT, check=True, env={"PYTHONHASHSEED": "7", "LANG": "C", "PATH": "/usr/bin"}
+    )
     digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (corpus[0], tmp_path / "again.jsonl")]
     assert digests[0] == digests[1]
 

@@ -25,7 +25,17 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_one_line_error, meta_of, metrics_of, reseal, run_script, script_here, tiny
+from conftest import (
+    ROOT,
+    TINY,
+    assert_one_line_error,
+    meta_of,
+    metrics_of,
+    reseal,
+    run_script,
+    script_here,
+    tiny,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,13 +61,17 @@ def start(*args, **changes):
     """Start `python ARGS` with these settings and go on at once."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *args, *arguments(**changes)[1:]]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(process, out_dir, step):
     """Until metrics.jsonl has a line of this step or a later one."""
     path = Path(out_dir) / "metrics.jsonl"
-    while not (path.exists() and any(json.loads(x)["step"] >= step for x in path.read_text().split("\n")[:-1])):
+    while not (
+        path.exists() and any(json.loads(x)["step"] >= step for x in path.read_text().split("\n")[:-1])
+    ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
 
@@ -124,7 +138,9 @@ class Rows(train.ShuffledDataset):
 
 
 def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_token_loss, **changes):
-    """Call the loop itself. Returns the model, the gradients of the last step and the micro-batches it was fed."""
+    """Call the loop itself. Returns the model, the gradients of the last step and the micro-batches it was
+    fed.
+    """
     s = Settings(**TINY | {"data_dir": str(tiny_data), "out_dir": str(out_dir), "dtype": "float32"} | changes)
     train_data, val_data, _, metadata = train.open_data(s)
     if model is None:
@@ -198,7 +214,9 @@ def test_document_mask_hides_the_story_before(tiny_data, tmp_path):
     reference.load_state_dict(model.state_dict())
     for n in range(40):
         row = data.batch(n, 1)
-        starts = [0] + [i for i, t in enumerate(row["tokens"][0].tolist()) if t == end and i] + [config.block_size]
+        starts = (
+            [0] + [i for i, t in enumerate(row["tokens"][0].tolist()) if t == end and i] + [config.block_size]
+        )
         for a, b in itertools.pairwise(starts):  # the end of a story stands at the head of the next
             logits = reference(row["tokens"][:, a:b])[0]
             total += F.cross_entropy(logits, row["targets"][0, a:b], reduction="sum").item()
@@ -215,7 +233,9 @@ def test_document_mask_hides_the_story_before(tiny_data, tmp_path):
 
 
 def by_hand(model, data, s, names):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with clipping by norm, in float64, on the named parameters."""
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with clipping by norm, in float64, on the named
+    parameters.
+    """
     model = model.double()
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(s["max_iters"]):
@@ -318,7 +338,9 @@ def rates(s, steps):
 
 
 def test_learning_rates_by_hand():
-    wsd = Settings(learning_rate=1.0, min_lr=0.0, warmup_iters=4, max_iters=20, schedule="wsd", decay_fraction=0.5)
+    wsd = Settings(
+        learning_rate=1.0, min_lr=0.0, warmup_iters=4, max_iters=20, schedule="wsd", decay_fraction=0.5
+    )
     expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 9 + [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     assert rates(wsd, 20) == pytest.approx(expected)
     cosine = Settings(learning_rate=2.0, min_lr=0.2, warmup_iters=2, max_iters=10, schedule="cosine")
@@ -379,11 +401,18 @@ def test_the_learning_rate_never_jumps(schedule, seconds_per_step):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(10, 80), st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=40))
+@given(
+    st.integers(1, 9),
+    st.integers(10, 80),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 9), min_size=1, max_size=40),
+)
 def test_every_block_once_an_epoch(tmp_path_factory, block, length, seed, sizes):
     """However the batches are cut: the blocks of the file, each once before any comes again."""
     path = tmp_path_factory.getbasetemp() / "blocks.bin"
-    tokens = np.random.default_rng(length).permutation(1000)[:length]  # no token twice: it tells where it stood
+    tokens = np.random.default_rng(length).permutation(1000)[
+        :length
+    ]  # no token twice: it tells where it stood
     tokens.astype("<u2").tofile(path)
     blocks = [tokens[i * block : (i + 1) * block + 1].tolist() for i in range((length - 1) // block)]
     data, rows = TokenDataset(path, meta_for(path), block, seed), []
@@ -434,7 +463,10 @@ def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
     taken = []
 
     changes = {"batch_size": 3, "gradient_accumulation_steps": 2, "save_interval": 4}
-    for more in ({"max_iters": 4}, {"max_iters": 8, "resume": True}):  # 4 steps of 6 sequences: an epoch of 24
+    for more in (
+        {"max_iters": 4},
+        {"max_iters": 8, "resume": True},
+    ):  # 4 steps of 6 sequences: an epoch of 24
         for batch in train_here(folder, tmp_path / "out", **changes, **more).batches:
             assert len(batch["tokens"]) == 3
             taken.extend(map(tuple, torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1).tolist()))
@@ -454,7 +486,10 @@ def whole_run(tiny_data, tmp_path_factory):
 
     def run_of(optimizer):
         if optimizer not in made:
-            out, changes = tmp_path_factory.mktemp("whole") / "out", {"optimizer": optimizer, "eval_interval": 4}
+            out, changes = (
+                tmp_path_factory.mktemp("whole") / "out",
+                {"optimizer": optimizer, "eval_interval": 4},
+            )
             done = run_script(*arguments(tiny_data, out, **changes))
             made[optimizer] = SimpleNamespace(out=out, changes=changes, stdout=done.stdout, data=tiny_data)
         return made[optimizer]
@@ -516,7 +551,8 @@ def test_metrics_of_a_run(whole):
 def test_evaluation_by_hand(whole, tmp_path):
     """The loss of each checkpoint over the first blocks of val.bin in their seeded order, from NumPy and
     float64, and bits per character from the decoded text; the same blocks every time."""
-    # The runs of `whole` multiply in bfloat16: the same weights evaluated in float32 serve for the comparison.
+    # The runs of `whole` multiply in bfloat16: the same weights evaluated in float32 serve for the
+    # comparison.
     out = tmp_path / "out"
     s = {"dtype": "float32", "eval_interval": 4, "optimizer": whole.changes["optimizer"]}
     train_here(whole.data, out, **s)
@@ -547,7 +583,13 @@ def test_real_stories_are_learned(shared, tmp_path):
     run_script("prepare.py", shared / "zh_stories.jsonl", "--out_dir", tmp_path / "data", "--vocab_size", 4000,
                "--val_fraction", 0.05)  # fmt: skip
     shape = {"n_embd": 96, "head_dim": 24, "intermediate_size": 192, "block_size": 64, "batch_size": 16}
-    often = {"max_iters": 100, "learning_rate": 0.01, "eval_interval": 100, "save_interval": 100, "eval_sequences": 100}
+    often = {
+        "max_iters": 100,
+        "learning_rate": 0.01,
+        "eval_interval": 100,
+        "save_interval": 100,
+        "eval_sequences": 100,
+    }
     run_script("train.py", *tiny(data_dir=tmp_path / "data", out_dir=tmp_path / "out", **shape, **often))
     tokens = np.fromfile(tmp_path / "data" / "val.bin", dtype="<u2")
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
@@ -615,7 +657,9 @@ def test_finished_run_resumed_changes_nothing(adamw, tmp_path):
 
 @pytest.mark.parametrize("length", [0, 11, 0.5], ids=["empty", "short", "cut"])
 def test_resume_refuses_a_damaged_checkpoint(length, adamw, tmp_path):
-    """Cut off anywhere: one line names it, and nothing is touched. (What is inside is left to tools.check.)"""
+    """Cut off anywhere: one line names it, and nothing is touched. (What is inside is left to
+    tools.check.)
+    """
     good = (adamw.out / "ckpt_000012.pt").read_bytes()
     out = tmp_path / "out"
     stopped_at(adamw.out, out, 8)
@@ -642,9 +686,12 @@ def alone(tiny_data, tmp_path_factory):
 
 @pytest.mark.parametrize(("number", "folder"), [(signal.SIGINT, "out"), (signal.SIGTERM, "我的 模型")])
 def test_signal_saves_and_tells_how_to_resume(number, folder, alone, tiny_data, tmp_path):
-    """The step is finished and saved, the exit status is 0, and the same command with --resume=True ends where a
-    run left alone ends."""
-    out, changes = tmp_path / folder, LONGER | {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
+    """The step is finished and saved, the exit status is 0, and the same command with --resume=True ends
+    where a run left alone ends."""
+    out, changes = (
+        tmp_path / folder,
+        LONGER | {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1},
+    )
     process = start("train.py", data_dir=tiny_data, out_dir=out, **changes)
     wait_for_step(process, out, 5)
     process.send_signal(number)
@@ -676,7 +723,13 @@ def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
 def test_minutes_end_a_run_in_time(tiny_data, tmp_path):
     """max_iters far away: the time decides, and the learning rate comes down with it."""
     start = time.perf_counter()
-    options = {"minutes": 0.05, "max_iters": 10**7, "save_interval": 10**7, "eval_interval": 10**7, "log_interval": 1}
+    options = {
+        "minutes": 0.05,
+        "max_iters": 10**7,
+        "save_interval": 10**7,
+        "eval_interval": 10**7,
+        "log_interval": 1,
+    }
     done = run_here(*arguments(tiny_data, tmp_path / "out", **options))
     assert done.returncode == 0, done.stderr
     last, lines = read_checkpoint(tmp_path / "out"), [x for x in metrics_of(tmp_path / "out") if "loss" in x]
@@ -703,7 +756,9 @@ def test_the_time_of_a_run_continues_when_it_is_resumed(adamw, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
 def test_more_steps_at_a_resume(schedule, adamw, tmp_path):
-    """The learning rate is that of the new settings from the next step on; fewer steps than done change nothing."""
+    """The learning rate is that of the new settings from the next step on; fewer steps than done change
+    nothing.
+    """
     out = tmp_path / "out"
     stopped_at(adamw.out, out, 8)
     changes = adamw.changes | {"max_iters": 40, "schedule": schedule, "log_interval": 1, "resume": True}
@@ -727,13 +782,17 @@ def test_an_older_checkpoint_resumes_and_samples(whole, tmp_path):
     del state["seconds"]
     state |= {"settings": settings_, "sequences": 8 * 4, "random_state": torch.get_rng_state()}
     torch.save(state, out / "ckpt_000008.pt")
-    stories = [script_here(sample.main, "sample.py", "--ckpt", path / "ckpt_000008.pt") for path in (out, whole.out)]
+    stories = [
+        script_here(sample.main, "sample.py", "--ckpt", path / "ckpt_000008.pt") for path in (out, whole.out)
+    ]
     assert stories[0].returncode == 0 and stories[0].stdout == stories[1].stdout
     assert run_here(*arguments(whole.data, out, **whole.changes, resume=True)).returncode == 0
     same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
 
 
-@pytest.mark.parametrize(("before", "after"), [("float32", "float16"), ("bfloat16", "float16"), ("float16", "float32")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("float32", "float16"), ("bfloat16", "float16"), ("float16", "float32")]
+)
 def test_resume_in_another_dtype(before, after, tiny_data, tmp_path):
     """A checkpoint of one card goes on at another: only float16 has a scale, and it begins anew."""
     train_here(tiny_data, tmp_path / "out", dtype=before, max_iters=4)
@@ -835,7 +894,13 @@ def loss(model, batch):
     return train.next_token_loss(model, batch)
 train.train = lambda *args: original(*args, loss_fn=loss)
 """
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}"]
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--master_addr=127.0.0.1",
+    "--master_port={port}",
+]
 
 
 def torchrun():
@@ -845,7 +910,9 @@ def torchrun():
 
 
 def as_two(*args):
-    """`python ARGS` as two processes that know of each other; what torchrun does, without its time to start."""
+    """`python ARGS` as two processes that know of each other; what torchrun does, without its time to
+    start.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
@@ -860,9 +927,15 @@ RUN = "\ntrain.report_errors(train.main)\n"
 
 
 def test_two_processes_train_as_one(tiny_data, tmp_path):
-    """The same sequences, shared out; the loss, the gradient norm, the evaluation and the weights to rounding."""
+    """The same sequences, shared out; the loss, the gradient norm, the evaluation and the weights to
+    rounding.
+    """
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "eval_interval": 3}
-    as_two("-c", HEAD + RECORD.format(folder=tmp_path) + RUN, *arguments(tiny_data, tmp_path / "two", **changes)[1:])
+    as_two(
+        "-c",
+        HEAD + RECORD.format(folder=tmp_path) + RUN,
+        *arguments(tiny_data, tmp_path / "two", **changes)[1:],
+    )
     one = []
 
     def loss(model, batch):
@@ -875,7 +948,9 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
         train.train(s, GPT(config_of(tiny_data)), train_data, val_data, metadata, loss)
     seen = [[json.loads(x) for x in (tmp_path / f"seen{rank}").read_text().splitlines()] for rank in (0, 1)]
     assert len(one) == 12 * 8 and [len(rows) for rows in seen] == [48, 48]
-    expected = [rows[i : i + 4] for i in range(0, 48, 4) for rows in seen]  # first one's micro-batch, then the other's
+    expected = [
+        rows[i : i + 4] for i in range(0, 48, 4) for rows in seen
+    ]  # first one's micro-batch, then the other's
     assert [row for batch in expected for row in batch] == one
     for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -915,7 +990,9 @@ def test_each_process_builds_its_own_micro_batches_only(monkeypatch):
     """Of a step of 4 micro-batches of 2 sequences; the denominator is the sum over the processes."""
     data, s = Rows(100, 8), Settings(batch_size=2, gradient_accumulation_steps=4)
     built, batch = [], data.batch
-    monkeypatch.setattr(data, "batch", lambda first, count: built.append((first, count)) or batch(first, count))
+    monkeypatch.setattr(
+        data, "batch", lambda first, count: built.append((first, count)) or batch(first, count)
+    )
     monkeypatch.setattr(train.run, "world_size", lambda: 2)
     monkeypatch.setattr(train.run, "all_reduce", lambda tensor: None)
     found = []
@@ -944,7 +1021,9 @@ def test_weights_that_differ_between_processes_are_noticed(tiny_data, tmp_path):
     done = run_script(*torchrun(), tmp_path / "drift.py", *options, check=False)
     errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # one or both say it
     assert len(errors) == 1 and "step 4: weights" in str(errors) and "differ between processes" in str(errors)
-    assert "exitcode: 2" in done.stderr and "train.py" not in done.stderr  # of torchrun alone there is a traceback
+    assert (
+        "exitcode: 2" in done.stderr and "train.py" not in done.stderr
+    )  # of torchrun alone there is a traceback
     assert done.returncode and not find_checkpoints(tmp_path / "out")
 
 
@@ -969,7 +1048,12 @@ train.train = lambda *args: original(*args, loss_fn=loss)
 @pytest.mark.parametrize("code", [STARTS_LATE, ONE_IS_STOPPED], ids=["time", "signal"])
 def test_two_processes_end_after_the_same_step(code, tiny_data, tmp_path):
     """Though the clock of one runs three seconds ahead of the other's, or only one is signalled."""
-    options = {"gradient_accumulation_steps": 2, "max_iters": 10**6, "save_interval": 10**7, "eval_interval": 10**7}
+    options = {
+        "gradient_accumulation_steps": 2,
+        "max_iters": 10**6,
+        "save_interval": 10**7,
+        "eval_interval": 10**7,
+    }
     options |= {"minutes": 0.1} if code == STARTS_LATE else {}
     printed = as_two("-c", HEAD + code + RUN, *arguments(tiny_data, tmp_path / "out", **options)[1:])
     state = read_checkpoint(tmp_path / "out")
@@ -989,7 +1073,9 @@ def test_types_of_the_products(dtype, tiny_data, tmp_path):
     torch.manual_seed(5)
     model = GPT(config_of(tiny_data))
     model.blocks[0].mlp.up_proj.register_forward_hook(lambda module, args, y: seen.add(y.dtype))
-    train_here(tiny_data, tmp_path / "out", model=model, dtype=dtype, max_iters=15, learning_rate=0.02, grad_clip=0.0)
+    train_here(
+        tiny_data, tmp_path / "out", model=model, dtype=dtype, max_iters=15, learning_rate=0.02, grad_clip=0.0
+    )
     assert seen == {getattr(torch, dtype)}
     losses = [x["loss"] for x in metrics_of(tmp_path / "out") if "loss" in x]
     assert losses[-1] < losses[0] - 0.5
@@ -1033,7 +1119,9 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
     done = run_script(*arguments(tiny_data, tmp_path / "out", **changes), check=False,
                       PATH=str(tmp_path / "bin"), **cache)  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("torch.compile does not work here")]
+    (line,) = [
+        line for line in done.stdout.splitlines() if line.startswith("torch.compile does not work here")
+    ]
     assert "C++ compiler" in line and "apt install g++" in line and not done.stderr.strip()
     assert read_checkpoint(tmp_path / "out")["step"] == 2
 
@@ -1145,7 +1233,9 @@ def test_a_validation_split_too_short_for_a_sequence(tiny_data, tmp_path):
     shutil.copytree(tiny_data, folder)
     np.fromfile(folder / "val.bin", dtype="<u2")[:20].tofile(folder / "val.bin")
     reseal(folder)
-    assert_one_line_error(run_here(*arguments(folder, tmp_path / "out")), "val.bin", "block_size", "--val_fraction")
+    assert_one_line_error(
+        run_here(*arguments(folder, tmp_path / "out")), "val.bin", "block_size", "--val_fraction"
+    )
 
 
 def test_shapes_that_cannot_be(spoilt):
@@ -1162,7 +1252,11 @@ def test_cuda_asked_for_and_absent(spoilt):
 
 def test_out_dir_that_cannot_be_written(tiny_data, tmp_path):
     (tmp_path / "file").write_text("a file")
-    for out, word in ((tmp_path / "file",) * 2, (tmp_path / "file" / "out",) * 2, ("/proc/none/out", "/proc/none")):
+    for out, word in (
+        (tmp_path / "file",) * 2,
+        (tmp_path / "file" / "out",) * 2,
+        ("/proc/none/out", "/proc/none"),
+    ):
         assert_one_line_error(run_here(*arguments(tiny_data, out)), word)
     assert (tmp_path / "file").read_text() == "a file"
     if os.geteuid():
@@ -1226,7 +1320,9 @@ def test_checkpoints_that_lack_a_weight(adamw, tmp_path):
     | st.binary(max_size=40).map(lambda b: b"\x80\x02" + b)
     | st.tuples(st.integers(0, 90), st.integers(0, 255)).map(
         lambda t: (
-            (b := bytearray(pickle.dumps({"model": {"a": 1.5}, "step": [3, "x"]}, 2))).__setitem__(t[0] % len(b), t[1])
+            (b := bytearray(pickle.dumps({"model": {"a": 1.5}, "step": [3, "x"]}, 2))).__setitem__(
+                t[0] % len(b), t[1]
+            )
             or bytes(b)
         )
     )

@@ -197,7 +197,9 @@ def rng_of(part):
 
 
 def killed(ground, rng, times, command, whole, last):
-    """kill -9 at random moments of runs that are resumed again and again; returns how many fell into a save."""
+    """kill -9 at random moments of runs that are resumed again and again; returns how many fell into a
+    save.
+    """
     kills = saving = 0
     while kills < times:
         out, begun = ground.new("killed"), time.monotonic()
@@ -265,7 +267,10 @@ class Disk:
 
     @contextlib.contextmanager
     def watching(self):
-        double, real = self, {"open": builtins.open, "fsync": os.fsync, "replace": os.replace, "unlink": os.unlink}
+        double, real = (
+            self,
+            {"open": builtins.open, "fsync": os.fsync, "replace": os.replace, "unlink": os.unlink},
+        )
 
         class Written(io.FileIO):
             def write(self, data):
@@ -302,9 +307,9 @@ class Disk:
             builtins.open, os.fsync, os.replace, os.unlink = real.values()
 
     def after(self, count, how, rng):
-        """{name: bytes} after `count` operations. `how`: "kill" keeps all that was done, "strict" only what was
-        flushed, "names" the names but no unflushed data, "data" the data but no unflushed names, "torn" some of
-        each: data a part or as zeros, names up to some point."""
+        """{name: bytes} after `count` operations. `how`: "kill" keeps all that was done, "strict" only what
+        was flushed, "names" the names but no unflushed data, "data" the data but no unflushed names, "torn"
+        some of each: data a part or as zeros, names up to some point."""
         content, durable, names, steps = {}, {}, {}, []  # by inode; by inode; name -> inode; name changes
         kept = {}  # the names as they were at the last flush of the folder
         inode = 0
@@ -434,7 +439,9 @@ def part_disk(ground, short):
                 training(ground.data, ground.folder / "adamw", **OFTEN, optimizer="adamw").succeeds()
             same_state(out / "ckpt_000060.pt", ground.folder / "adamw" / "ckpt_000060.pt")
             assert lines_of(out) == lines_of(ground.folder / "adamw")
-    rows.append(("disk full in a run, then room again and --resume", times, f"{full} of them ran out of room"))
+    rows.append(
+        ("disk full in a run, then room again and --resume", times, f"{full} of them ran out of room")
+    )
 
     times = 2 if short else 20
     for _ in range(times):
@@ -445,14 +452,23 @@ def part_disk(ground, short):
                                log_interval=1)  # fmt: skip
             process.refused("metrics.jsonl", "No space left")
             assert not leftovers(folder / "out")
-            assert all(json.loads(x)["step"] for x in (folder / "out/metrics.jsonl").read_text().splitlines()[:-1])
+            assert all(
+                json.loads(x)["step"] for x in (folder / "out/metrics.jsonl").read_text().splitlines()[:-1]
+            )
     rows.append(("disk full in metrics.jsonl", times, ""))
 
     times = 2 if short else 20
     for _ in range(times):
         with small_disk(ground, rng.randrange(20, 180)) as folder:
             old = rng.random() < 0.5
-            args = ("prepare.py", ground.stories, "--out_dir", folder / "data", "--tokenizer", ground.tokenizer)
+            args = (
+                "prepare.py",
+                ground.stories,
+                "--out_dir",
+                folder / "data",
+                "--tokenizer",
+                ground.tokenizer,
+            )
             Process(*args).refused("No space left", folder / "data")
             assert [p.name for p in folder.iterdir()] == ["data.lock"], list(folder.iterdir())
             grow(folder)
@@ -460,7 +476,9 @@ def part_disk(ground, short):
             before = {p.name: p.read_bytes() for p in (folder / "data").iterdir()}
             if old:  # the folder that was there before stays what it was
                 used = sum(len(b) for b in before.values()) // 1024
-                subprocess.run(["mount", "-o", f"remount,size={used + rng.randrange(30, 150)}k", folder], check=True)
+                subprocess.run(
+                    ["mount", "-o", f"remount,size={used + rng.randrange(30, 150)}k", folder], check=True
+                )
                 Process(*args).refused("No space left", folder / "data")
                 assert {p.name: p.read_bytes() for p in (folder / "data").iterdir()} == before
                 assert sorted(p.name for p in folder.iterdir()) == ["data", "data.lock"]
@@ -480,14 +498,19 @@ def part_two(ground, short):
         before = sorted(p.name for p in out.iterdir())
         for resume in (False, True):
             training(ground.data, out, **OFTEN, resume=resume).refused(out, "in use by another process")
-        Process(*tuning(ground.base, ground.sft_data, out, merge=True)).refused(out, "in use by another process")
+        Process(*tuning(ground.base, ground.sft_data, out, merge=True)).refused(
+            out, "in use by another process"
+        )
         assert set(before) <= {p.name for p in out.iterdir()} and first.running()
         first.kill().wait()
         assert (out / "lock").exists()  # of one that was killed: no hindrance
         training(ground.data, out, **OFTEN, resume=True).succeeds()
         same_state(out / "ckpt_000060.pt", ground.out / "ckpt_000060.pt")
         data = ground.new("two_data")
-        both = [Process("prepare.py", ground.stories, "--out_dir", data, "--tokenizer", ground.tokenizer) for _ in "ab"]
+        both = [
+            Process("prepare.py", ground.stories, "--out_dir", data, "--tokenizer", ground.tokenizer)
+            for _ in "ab"
+        ]
         codes = sorted(p.wait() for p in both)
         assert codes in ([0, 0], [0, 2]), [p.output for p in both]
         train.open_data(train.Settings(data_dir=str(data), block_size=32))
@@ -570,7 +593,9 @@ def part_damage(ground, short):
                     assert found_parts["tokenizer"] == parts["tokenizer"], (name, what)
                     assert all(found[key]["tokens"] == meta[key]["tokens"] for key in used[:2]), (name, what)
                     assert all(found.get(key) == meta.get(key) for key in used[2:]), (name, what)
-                    assert all(np.array_equal(x.tokens, y) for x, y in zip((a, b), good_tokens, strict=True)), what
+                    assert all(
+                        np.array_equal(x.tokens, y) for x, y in zip((a, b), good_tokens, strict=True)
+                    ), what
         (folder / name).write_bytes(data)
     note = f"{refused} refused, {checked} more found by tools.check, the others load the same"
     rows.append(("damage to .bin, meta.json and tokenizer", tried, note))
@@ -642,7 +667,9 @@ def hostile_checkpoints(ground, folder):
         torch.save(value, folder / f"{name} tar.pt", _use_new_zipfile_serialization=False)
         yield f"{name}, the old format", folder / f"{name} tar.pt"
     path = folder / "bomb.pt"
-    rezipped(good, path, lambda name, data: data, zipfile.ZIP_DEFLATED, [("archive/data/bomb", bytes(1 << 28))])
+    rezipped(
+        good, path, lambda name, data: data, zipfile.ZIP_DEFLATED, [("archive/data/bomb", bytes(1 << 28))]
+    )
     yield "a compressed part of 256 MB", path
     path = folder / "overlap.pt"
     path.write_bytes(overlapping(good, 1 << 32))
@@ -670,7 +697,10 @@ def hostile_checkpoints(ground, folder):
     path = folder / "stride.pt"
     wide = config | {"n_embd": 10**6}
     one = torch.zeros(1)
-    grown = {k: one.expand([10**6 if n == config["n_embd"] else n for n in v.shape]) for k, v in state["model"].items()}
+    grown = {
+        k: one.expand([10**6 if n == config["n_embd"] else n for n in v.shape])
+        for k, v in state["model"].items()
+    }
     torch.save(state | {"model": grown, "model_config": wide}, path)
     yield "weights of one number that claim to be many", path
     for name, model in (
@@ -705,7 +735,10 @@ def hostile_stories(ground, folder, size):
         yield f"a line of {size:,} bytes in .{kind}", packed(f"line.{kind}.gz", [b"x" * (1 << 20)] * many)
     for kind in ("json", "jsonl"):
         yield f"JSON {size:,} deep in .{kind}", packed(f"deep.{kind}.gz", [b"[" * (1 << 20)] * many)
-        yield f"JSON 10,000,000 deep in .{kind}", packed(f"less.{kind}.gz", [b"[" * 10_000_000, b"]" * 10_000_000])
+        yield (
+            f"JSON 10,000,000 deep in .{kind}",
+            packed(f"less.{kind}.gz", [b"[" * 10_000_000, b"]" * 10_000_000]),
+        )
         yield f"objects 1,000,000 deep in .{kind}", packed(f"objects.{kind}.gz", [b'{"a":' * 1_000_000])
     yield "a string without end in .json", packed("string.json.gz", [b'["', *[b"x" * (1 << 20)] * many])
     yield "a number of 1,000,000 digits", packed("digits.json.gz", [b"[" + b"9" * 1_000_000 + b"]"])
@@ -750,7 +783,10 @@ def part_hostile(ground, short):
         harmless(Process("tools/check.py", path), path)
         tried += 1
         if name.startswith("code"):
-            harmless(Process("sample.py", "--ckpt", path, "--num", 1, "--max_new_tokens", 5, "--words", "小兔"), path)
+            harmless(
+                Process("sample.py", "--ckpt", path, "--num", 1, "--max_new_tokens", 5, "--words", "小兔"),
+                path,
+            )
             harmless(Process("tools/eval.py", "--ckpt", path, "--data", ground.sft_data, "--num", 2), path)
             harmless(Process(*tuning(path, ground.sft_data, ground.new("none"))))
             harmless(Process(*tuning(ground.base, ground.sft_data, run_, **QUICK, resume=True)), run_)
@@ -758,7 +794,9 @@ def part_hostile(ground, short):
             tried += 5
         assert files_in(folder.parent) == before, (name, files_in(folder.parent) ^ before)
         shutil.rmtree(run_)
-    rows.append(("hostile checkpoints: code, bombs, impossible shapes and tokenizers", tried, "none did harm"))
+    rows.append(
+        ("hostile checkpoints: code, bombs, impossible shapes and tokenizers", tried, "none did harm")
+    )
 
     tried = 0
     for name, path in hostile_stories(ground, folder, 1 << (25 if short else 30)):
@@ -826,9 +864,26 @@ NASTY = [
     "词汇：",
     "摘要：",
 ]
-NASTY += ["\0", "\ufeff", "\ud83d", "\ude00", "\u202e", "\u200f", "\u2581", "\x85", "\u2028", "\x1a", "\ufffd"]
+NASTY += [
+    "\0",
+    "\ufeff",
+    "\ud83d",
+    "\ude00",
+    "\u202e",
+    "\u200f",
+    "\u2581",
+    "\x85",
+    "\u2028",
+    "\x1a",
+    "\ufffd",
+]
 NASTY += [" ", "\r", "\n", "\r\n", "مرحبا", "שלום", "e\u0301", "가", "👩‍👩‍👧", "字" * 3000, "w" * 100_000]
-PIECES = st.sampled_from(NASTY) | st.text(max_size=20) | st.characters() | st.text("从前有一只兔子。，", max_size=20)
+PIECES = (
+    st.sampled_from(NASTY)
+    | st.text(max_size=20)
+    | st.characters()
+    | st.text("从前有一只兔子。，", max_size=20)
+)
 TEXTS = st.lists(PIECES, max_size=6).map("".join)
 
 
@@ -844,14 +899,18 @@ def part_text(ground, short):
     def whole_way(texts, escaped, bom):
         file, out, runs = folder / "a.jsonl", folder / "data", folder / "out"
         shutil.rmtree(runs, ignore_errors=True)
-        rows = [json.dumps({"story_zh": t}, ensure_ascii=escaped or "\ud83d" in t or "\ude00" in t) for t in texts]
+        rows = [
+            json.dumps({"story_zh": t}, ensure_ascii=escaped or "\ud83d" in t or "\ude00" in t) for t in texts
+        ]
         ordinary = [json.dumps({"story_zh": f"从前有一只兔子，它住在森林里第{i}号。"}) for i in range(60)]
         data = (bom + "\n".join(rows + ordinary) + "\n").encode(errors="surrogatepass")
         file.write_bytes(data)
         try:
             data.decode()
         except UnicodeDecodeError:  # a surrogate spelt out in the file, which is then no UTF-8
-            Process("prepare.py", file, "--out_dir", out, "--tokenizer", ground.tokenizer).refused(file, "UTF-8")
+            Process("prepare.py", file, "--out_dir", out, "--tokenizer", ground.tokenizer).refused(
+                file, "UTF-8"
+            )
             return
         Process("prepare.py", file, "--out_dir", out, "--tokenizer", ground.tokenizer, "--val_fraction", 0.2,
                 "--workers", 1).succeeds()  # fmt: skip
@@ -875,8 +934,12 @@ def part_text(ground, short):
         told[0] += len(texts)
         told[1] += cleaned.count(None)
         if not (folder / "model").exists():
-            training(out, folder / "model", max_iters=2, block_size=32, eval_sequences=1, batch_size=1).succeeds()
-        training(out, runs, max_iters=1, block_size=16, eval_sequences=1, batch_size=1, sample_interval=1).succeeds()
+            training(
+                out, folder / "model", max_iters=2, block_size=32, eval_sequences=1, batch_size=1
+            ).succeeds()
+        training(
+            out, runs, max_iters=1, block_size=16, eval_sequences=1, batch_size=1, sample_interval=1
+        ).succeeds()
         checkpoint = read_checkpoint(folder / "model")
         model = build_model(checkpoint, folder).eval()
         for text in texts[:10]:
@@ -905,20 +968,33 @@ def part_settings(ground, short):
     tried = 0
     for script, cls, main in (("train.py", train.Settings, train.main), ("sft.py", sft.Settings, sft.main)):
         for field in dataclasses.fields(cls):
-            wrong = {int: ["x", "1.5", "-1", "True", "[1]", ""], float: ["x", "-1", "True", "nan", "1e999", ""]}
+            wrong = {
+                int: ["x", "1.5", "-1", "True", "[1]", ""],
+                float: ["x", "-1", "True", "nan", "1e999", ""],
+            }
             wrong |= {bool: ["1", "yes", "true", ""], str: []}
-            spelt = [f"--{field.name}s=1", f"--{field.name[:-1]}=1", f"--{field.name.upper()}=1", f"--{field.name}"]
+            spelt = [
+                f"--{field.name}s=1",
+                f"--{field.name[:-1]}=1",
+                f"--{field.name.upper()}=1",
+                f"--{field.name}",
+            ]
             for argument in [*spelt, *(f"--{field.name}={value}" for value in wrong[field.type])]:
                 done = script_here(main, script, argument)
                 assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (argument, done.stderr)
-                assert argument.split("=")[0] in done.stderr or field.name in done.stderr, (argument, done.stderr)
+                assert argument.split("=")[0] in done.stderr or field.name in done.stderr, (
+                    argument,
+                    done.stderr,
+                )
                 tried += 1
     for script, main, needed in (("sample.py", sample.main, ["--ckpt", ground.out]),
                                  ("prepare.py", prepare.main, [ground.stories, "--out_dir", ground.folder / "none"]),
                                  ("tools/eval.py", tools.eval.main, ["--ckpt", ground.tuned])):  # fmt: skip
         options = re.findall(r"--(\w+)(?: ([A-Z_]+))?", script_help(main, script))
         for name, value in dict(options).items():
-            for argument in [[f"--{name}s", "1"], [f"--{name.upper()}", "1"]] + ([[f"--{name}"]] if value else []):
+            for argument in [[f"--{name}s", "1"], [f"--{name.upper()}", "1"]] + (
+                [[f"--{name}"]] if value else []
+            ):
                 done = script_here(main, script, *needed, *argument)
                 assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (argument, done.stderr)
                 assert argument[0] in done.stderr, (argument, done.stderr)
@@ -974,7 +1050,8 @@ def part_long(ground, short):
     return rows
 
 
-# Both are timed in the same steps: on a machine that others use too, a step now and a step later differ by far more.
+# Both are timed in the same steps: on a machine that others use too, a step now and a step later differ by
+# far more.
 COST = """
 import json, sys, time
 import torch
@@ -1021,12 +1098,17 @@ train.train(s, model, train_data, val_data, parts, forward)
 
 
 def overhead(ground):
-    """What the loop takes beside its forward, backward and optimizer's steps, with the demo's model and data: a share
-    of these, for each turn of 20 steps, two of which are logged."""
+    """What the loop takes beside its forward, backward and optimizer's steps, with the demo's model and data:
+    a share of these, for each turn of 20 steps, two of which are logged."""
     data = ground.new("demo")
     write_corpus(data.with_suffix(".jsonl"))
     Process("prepare.py", data.with_suffix(".jsonl"), "--out_dir", data).succeeds()
-    often = ["--max_iters=1000000", "--eval_interval=1000000", "--sample_interval=0", "--save_interval=1000000"]
+    often = [
+        "--max_iters=1000000",
+        "--eval_interval=1000000",
+        "--sample_interval=0",
+        "--save_interval=1000000",
+    ]
     arguments = ["config/demo.py", f"--data_dir={data}", f"--out_dir={ground.new('cost')}", *often]
     done = run_script("-c", COST, *arguments, timeout=3600, OMP_NUM_THREADS=str(os.cpu_count()))
     return [whole / bare - 1 for whole, bare in json.loads(done.stdout.splitlines()[-1])]
@@ -1107,8 +1189,16 @@ def parallel(data, out, world, prelude=None, **changes):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     settings_ = "train.py", f"--data_dir={data}", f"--out_dir={out}", *tiny(**changes)
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    return [Process(*settings_, prelude=prelude, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(world)]
+    env = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [
+        Process(*settings_, prelude=prelude, RANK=str(rank), LOCAL_RANK=str(rank), **env)
+        for rank in range(world)
+    ]
 
 
 def noting(folder):
@@ -1146,7 +1236,12 @@ def noted(folder, begun, calls_a_step):
 
 def part_parallel(ground, short):
     rng, times, ends = rng_of("parallel"), 1 if short else 10, []
-    changes = OFTEN | {"gradient_accumulation_steps": 4, "dtype": "float32", "optimizer": "adamw", "batch_size": 2}
+    changes = OFTEN | {
+        "gradient_accumulation_steps": 4,
+        "dtype": "float32",
+        "optimizer": "adamw",
+        "batch_size": 2,
+    }
     folder = ground.new("data")  # a small file: 60 steps of 8 sequences are ten epochs of 48
     shutil.copytree(ground.data, folder)
     tokens = np.fromfile(folder / "train.bin", dtype="<u2")[: 48 * 32 + 1]
@@ -1159,7 +1254,9 @@ def part_parallel(ground, short):
         out, notes = ground.new("parallel"), ground.new("notes")
         notes.mkdir()
         begun, seen = 0, {}
-        for world, lost in rng.choice([((2, 1), (4, 1), (1, 0)), ((2, 1), (2, 1), (1, 0)), ((4, 1), (2, 1), (2, 0))]):
+        for world, lost in rng.choice(
+            [((2, 1), (4, 1), (1, 0)), ((2, 1), (2, 1), (1, 0)), ((4, 1), (2, 1), (2, 0))]
+        ):
             team = parallel(folder, out, world, noting(notes), **changes, resume=True)
             if lost:
                 victim = team[rng.randrange(world)]
@@ -1176,10 +1273,14 @@ def part_parallel(ground, short):
                     process.succeeds()
             seen |= noted(notes, begun, 4 // world)
             begun = max((read_checkpoint(p)["step"] for p in find_checkpoints(out)), default=0)
-            seen = {step: rows for step, rows in seen.items() if step < begun}  # what comes after is done again
+            seen = {
+                step: rows for step, rows in seen.items() if step < begun
+            }  # what comes after is done again
         assert sorted(seen) == list(range(60)), sorted(seen)
         for epoch in range(10):
-            assert sorted(row for step in range(epoch * 6, epoch * 6 + 6) for row in seen[step]) == expected, epoch
+            assert (
+                sorted(row for step in range(epoch * 6, epoch * 6 + 6) for row in seen[step]) == expected
+            ), epoch
         for line, other in zip(lines_of(out), lines_of(alone), strict=True):
             assert line.keys() == other.keys()
             for key in line.keys() - {"grad_norm"}:  # which is the first to show what rounding does

@@ -1,15 +1,16 @@
 """Preference tuning: of two stories for one instruction, raise the probability of the better one.
 
-    python -m tools.dpo config/demo_dpo.py                      pairs of the model's own stories, then the training
-    python -m tools.dpo config/demo_dpo.py --make_pairs=True    only the pairs, into out_dir/pairs.jsonl
-    python -m tools.dpo config/demo_dpo.py --pairs=mine.jsonl   pairs of your own
+    python -m tools.dpo config/demo_dpo.py                     pairs of its own stories, then training
+    python -m tools.dpo config/demo_dpo.py --make_pairs=True   only the pairs, into out_dir/pairs.jsonl
+    python -m tools.dpo config/demo_dpo.py --pairs=mine.jsonl  pairs of your own
 
 The loop is `train.train`. New here: the pairs, which the model samples itself or a file holds, and the loss:
 
     -log sigmoid(beta h)    DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7), where
                             h = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
-    + nll_weight times      the chosen story's own loss per token. By default nll_weight is 0; the configs have 1, as
-                            DPO alone lowers the probability of both stories, of the rejected one more.
+    + nll_weight times      the chosen story's own loss per token. By default nll_weight is 0; the configs
+                            have 1, as DPO alone lowers the probability of both stories, of the rejected one
+                            more.
 """
 
 import collections
@@ -44,17 +45,17 @@ from train import LoopSettings, ShuffledDataset, train
 class Settings(LoopSettings):
     """The loop's settings, where pairs come from, and the loss."""
 
-    init_from: str = setting("out/demo_sft", path=True)  # the checkpoint to start from; it is also the reference
-    # The pairs: from a file, or the model's own stories for instructions of data_dir, scored by stories/rewards.py
-    pairs: str = setting("", path=True)  # a .jsonl or .json file of prompt, chosen and rejected; empty: make them
+    init_from: str = setting("out/demo_sft", path=True)  # where training starts; also the reference
+    # The pairs: from a file, or of the model's own stories for instructions of data_dir (stories/rewards.py)
+    pairs: str = setting("", path=True)  # a file of prompt, chosen and rejected; empty: make them
     make_pairs: bool = False  # make the pairs and stop
     instructions: int = setting(400, at_least=1)
     samples: int = setting(4, at_least=1)  # stories for each instruction; the best and the worst are a pair
     temperature: float = setting(1.0, at_least=1e-6)
     reference_chosen: bool = True  # the story of data_dir may be chosen too, if it is better than all samples
     # The loss
-    beta: float = setting(0.1, at_least=1e-6, fixed=True)  # smaller: the model may move further from the reference
-    nll_weight: float = setting(0.0, fixed=True)  # adds the chosen story's own loss, so that its probability stays
+    beta: float = setting(0.1, at_least=1e-6, fixed=True)  # smaller: the model may move further away
+    nll_weight: float = setting(0.0, fixed=True)  # of the chosen story's own loss: its probability stays
     lora_rank: int = setting(0, fixed=True)  # 0: train every weight; else only adapters of this rank
     lora_alpha: float = setting(16.0, fixed=True)  # adapters are scaled by alpha / rank
 
@@ -74,7 +75,8 @@ def tune(s: Settings) -> None:
         raise UserError(f"{source}: has not learned to follow instructions; give a checkpoint of sft.py")
     model = build_model(checkpoint, source)
     if s.block_size > model.config.block_size:
-        raise UserError(f"block_size = {s.block_size}: {source} reads at most {model.config.block_size} tokens")
+        most = model.config.block_size
+        raise UserError(f"block_size = {s.block_size}: {source} reads at most {most} tokens")
     reference = digest(weight.numpy() for weight in model.state_dict().values())
     device = choose_device(s.device)
     checkpoints = find_checkpoints(Path(s.out_dir))
@@ -90,7 +92,8 @@ def tune(s: Settings) -> None:
             if run.rank() == 0:
                 print(f"{files[0]}: exists and is used as it is; remove it to make new pairs")
         elif run.world_size() > 1:
-            raise UserError(f"{files[0]}: not there; make the pairs first, in one process, with --make_pairs=True")
+            advice = "make the pairs first, in one process, with --make_pairs=True"
+            raise UserError(f"{files[0]}: not there; {advice}")
         else:
             meta, _, response_token = open_examples(Path(s.data_dir), source, checkpoint)
             n = model.config.block_size
@@ -127,11 +130,13 @@ def digest(parts: Iterable) -> str:
 # ---- Making pairs ----------------------------------------------------------------------------------
 
 
-def make_pairs(path: Path, model: GPT, tokenizer, data: PackedSFTDataset, reference: str, s: Settings) -> None:
-    """Sample stories for instructions of `data` and write the best and the worst of each to `path`, as JSON lines.
+def make_pairs(
+    path: Path, model: GPT, tokenizer, data: PackedSFTDataset, reference: str, s: Settings
+) -> None:
+    """Sample stories for instructions of `data`. Write the best and the worst of each to `path`, as JSON.
 
-    Interrupted and called again with the same settings and model, of which `reference` is the digest, it continues
-    where it stopped: a .part file beside `path` has a line for each batch, the list of its pairs.
+    Interrupted and called again with the same settings and model, of which `reference` is the digest, it
+    continues where it stopped: a .part file beside `path` has a line for each batch, the list of its pairs.
     """
     order = np.random.default_rng(s.seed).permutation(sorted(data.packed))[: s.instructions]
     batch_size = max(1, BATCH // s.samples)  # instructions
@@ -147,7 +152,8 @@ def make_pairs(path: Path, model: GPT, tokenizer, data: PackedSFTDataset, refere
     all_scores: list[dict] = []
     with open(part, "ab") as f:
         f.truncate(sum(len(line) for line in lines))
-        for number in tqdm(range(len(lines), len(batches)), desc="sampling pairs", unit="batch", disable=None):
+        todo = range(len(lines), len(batches))
+        for number in tqdm(todo, desc="sampling pairs", unit="batch", disable=None):
             pairs_of_batch = []
             for pair, scores in sample_pairs(model, tokenizer, data, batches[number], s.seed + number, s):
                 all_scores += scores
@@ -169,13 +175,17 @@ def to_line(value) -> bytes:
 
 
 def sample_pairs(model: GPT, tokenizer, data: PackedSFTDataset, indices, seed: int, s: Settings):
-    """For each example of `indices`: its pair, or None, and the scores of its samples. All are sampled together."""
+    """For each example of `indices`: its pair, or None, and the scores of its samples. All are one batch."""
     examples = [data.example(i) for i in indices]
     prompts = []
     for instruction, _ in examples:
         prompts += [instruction.tolist()] * s.samples
     longest = max(len(prompt) for prompt in prompts)
-    options = {"temperature": s.temperature, "seed": seed, "max_new_tokens": model.config.block_size - longest}
+    options = {
+        "temperature": s.temperature,
+        "seed": seed,
+        "max_new_tokens": model.config.block_size - longest,
+    }
     stories = sample_stories(model, tokenizer, prompts, **options)
     for number, (instruction, response) in enumerate(examples):
         prompt = tokenizer.decode(instruction.tolist())
@@ -226,10 +236,11 @@ def choose_pair(samples: list[tuple], reference: tuple, reference_chosen: bool) 
 
 
 def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]]:
-    """(prompt, (chosen, whether it ended), (rejected, whether it ended)) of a record. Raises UserError and LeftOut.
+    """(prompt, (chosen, whether it ended), (rejected, whether it ended)) of a record. Raises UserError and
+    LeftOut.
 
-    The prompt and both responses are texts or conversations, as TRL, minimind, UltraFeedback and LLaMA-Factory write
-    them.
+    The prompt and both responses are texts or conversations, as TRL, minimind, UltraFeedback and
+    LLaMA-Factory write them.
     """
     if isinstance(record, LeftOut):
         raise record
@@ -251,7 +262,9 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
 
 
 def has_ended(scores) -> bool:
-    """Whether a story has reached its end, by its scores of make_pairs; without scores it is taken to have."""
+    """Whether a story has reached its end, by its scores of make_pairs; without scores it is taken to
+    have.
+    """
     return not isinstance(scores, dict) or scores.get("finished") != 0
 
 
@@ -305,7 +318,9 @@ def read_pairs(
 
 
 class PreferenceDataset(ShuffledDataset):
-    """Pairs of a chosen and a rejected story: (prompt, chosen, rejected), tokens each. A pair is two sequences."""
+    """Pairs of a chosen and a rejected story: (prompt, chosen, rejected), tokens each. A pair is two
+    sequences.
+    """
 
     def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
         super().__init__(path, len(pairs), seed, 2 * block_size)
@@ -370,7 +385,9 @@ def log_probs(model, batch: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compute_reference(data: PreferenceDataset, model: GPT, device, dtype: torch.dtype, batch_size: int) -> None:
+def compute_reference(
+    data: PreferenceDataset, model: GPT, device, dtype: torch.dtype, batch_size: int
+) -> None:
     """Fill data.reference, with the model before it is trained."""
     model.to(device)
     for first in tqdm(range(0, len(data), batch_size), desc="reference", unit="batch", disable=None):

@@ -105,8 +105,8 @@ def estimate(config: Path, vocab_size: int, sequences: int) -> Estimate:
 def flops_per_token(model: GPT, length: int) -> int:
     """Floating point operations of training on one token of a sequence of `length` tokens.
 
-    Each weight of a matrix takes 2 forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
-    A token attends to length / 2 others on average: 6 * length * H * D for each layer.
+    Each weight of a matrix takes 2 forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361, section
+    2.1). A token attends to length / 2 others on average: 6 * length * H * D for each layer.
     """
     c = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)

@@ -20,7 +20,15 @@ from typing import Any
 import torch
 
 from common.checkpoint import build_model, read_checkpoint
-from common.files import Parser, UserError, atomic_write, load_tokenizer, report_errors, resolve_folder, sync_folder
+from common.files import (
+    Parser,
+    UserError,
+    atomic_write,
+    load_tokenizer,
+    report_errors,
+    resolve_folder,
+    sync_folder,
+)
 from model import GPT, ModelConfig
 from tools.plot import read_metrics
 

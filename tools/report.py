@@ -141,7 +141,9 @@ def evaluation_table(runs: list[Path]) -> str:
 
 
 def stories_of(run: Path, words: str) -> str:
-    """Two stories of the newest checkpoint, for an instruction if the model follows them. Raises UserError."""
+    """Two stories of the newest checkpoint, for an instruction if the model follows them. Raises
+    UserError.
+    """
     model, tokenizer, checkpoint = open_model(run, "auto", "auto")
     template = checkpoint.get("template", "")
     instruction = ""
@@ -158,7 +160,9 @@ def stories_of(run: Path, words: str) -> str:
 
 def main() -> None:
     parser = Parser(description="Write a report of a pipeline.", allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders, in the order of the stages")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders, in the order of the stages"
+    )
     parser.add_argument("--times", type=Path, help="a file of lines: a stage, a tab, its seconds")
     parser.add_argument("--words", default="帽子，消防员", help="what the sample stories must have")
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
