@@ -528,7 +528,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.augment < 1:
         raise UserError(f"--augment {args.augment}: must be at least 1")
     if args.task == "sft" and not args.tokenizer:
-        raise UserError("--tokenizer is missing: instructions need the one of the model to be tuned")
+        missing = "--tokenizer is missing: instructions need the one of the model to be tuned"
+        raise UserError(f"{missing}; for the demo --tokenizer data/demo/tokenizer.model")
     if args.inputs and not args.out_dir and not args.download:
         raise UserError("--out_dir is missing: where should the token files go? (for example data/mine)")
     if not args.out_dir:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.checkpoint import try_compile
+from common.checkpoint import newest_run, try_compile
 from common.files import Parser, UserError, report_errors
 from common.sampling import add_device_options, add_sampling_options, open_model, sampling_options
 from model import GPT
@@ -231,10 +231,15 @@ def main() -> None:
     args = parse_arguments()
     options = sampling_options(args)
     options["max_new_tokens"] = args.max_new_tokens
+    if args.ckpt is None:
+        args.ckpt = newest_run(Path("out"))
+        print(f"the newest run is {args.ckpt}", file=sys.stderr)
     model, tokenizer, checkpoint = open_model(args.ckpt, args.device, args.dtype)
     template = checkpoint.get("template", "")
     if args.instruction and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
+    if template and not args.interactive and not args.instruction and not args.prompt:
+        args.instruction = example_instruction(tokenizer, checkpoint, args.ckpt)
 
     def answer(instruction: str, beginning: str) -> None:
         prompt = encode_prompt(tokenizer, template, instruction, beginning)
@@ -254,6 +259,16 @@ def main() -> None:
             if not sys.stdin.isatty():
                 raise
             print(f"error: {e}", file=sys.stderr)
+
+
+def example_instruction(tokenizer, checkpoint: dict, path: Path) -> str:
+    """The example that a tuned checkpoint carries, for a user who asked for nothing. Raises UserError."""
+    instruction = tokenizer.decode(checkpoint.get("prompt", []))
+    if not instruction:
+        raise UserError(f"{path}: follows instructions; give one, for example --words 帽子,消防员")
+    shown = " | ".join(instruction.splitlines())
+    print(f"asked for: {shown} (an example; ask for another with --words 帽子,消防员)", file=sys.stderr)
+    return instruction
 
 
 def print_stories(model, tokenizer, prompt: list[int], num: int, options: dict) -> None:
@@ -345,9 +360,8 @@ def ask(names: list[str]):
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Sample stories from a checkpoint.", allow_abbrev=False)
-    parser.add_argument(
-        "--ckpt", type=Path, required=True, help="a checkpoint, or a run's folder for its newest"
-    )
+    ckpt_help = "a checkpoint, or a run's folder for its newest (default: the newest run in out/)"
+    parser.add_argument("--ckpt", type=Path, nargs="?", help=ckpt_help)
     beginning = parser.add_mutually_exclusive_group()
     beginning.add_argument("--prompt", default="", help="how the stories begin")
     beginning.add_argument("--prompt_file", type=Path, help="read the prompt from this UTF-8 file")

@@ -231,7 +231,7 @@ def merge(out_dir: Path) -> None:
     """Write out_dir/merged.pt: the newest checkpoint, its adapters merged. Raises UserError."""
     checkpoint = read_checkpoint(out_dir)
     merged = {"model": build_model(checkpoint, out_dir).state_dict()}
-    for name in ("model_config", "tokenizer", "template", "settings", "step"):
+    for name in ("model_config", "tokenizer", "template", "prompt", "settings", "step"):
         if name in checkpoint:
             merged[name] = checkpoint[name]
     with atomic_write(out_dir / "merged.pt") as f:

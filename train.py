@@ -127,6 +127,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
     loss_fn = loss_fn or next_token_loss
     compiled_loss = try_compile(loss_fn, device) if s.compile else loss_fn
     tokenizer = load_tokenizer(metadata["tokenizer"], f"{s.data_dir}/tokenizer.model")
+    prompt = prompt or [tokenizer.eos_id()]  # a story begins where another one has ended
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * train_data.tokens_per_sequence
     run.print_settings(s, model, train_data, step)
     log = run.start_log(s, step)
@@ -205,9 +206,9 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
         if should_save:
             run.check_weights(trainable, step)
             if is_main_process:
-                save(s, model, optimizers, scaler, step, seconds, metadata)
+                save(s, model, optimizers, scaler, step, seconds, metadata, prompt)
         if should_sample and is_main_process:
-            print_sample(model, tokenizer, prompt or [tokenizer.eos_id()], s.seed)
+            print_sample(model, tokenizer, prompt, s.seed)
         if should_log:
             recent = []
             logged_at = time.perf_counter()  # only training counts for the speed
@@ -236,12 +237,12 @@ def read_meta(folder: Path) -> tuple[dict, bytes]:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8-sig"))
         tokenizer = (folder / "tokenizer.model").read_bytes()
     except OSError as e:
-        reason = f"{e.filename}: {e.strerror}"
-        raise UserError(f"{folder}: no prepared data ({reason}); run prepare.py --out_dir {folder}") from None
+        found = f"no prepared data ({e.filename}: {e.strerror})"
+        raise UserError(f"{folder}: {found}; {run.how_to_prepare(folder)}") from None
     except ValueError as e:
-        raise UserError(f"{folder}/meta.json: {e}; run prepare.py --out_dir {folder}") from None
+        raise UserError(f"{folder}/meta.json: {e}; {run.how_to_prepare(folder)}") from None
     if not isinstance(meta, dict) or not {"train", "val", "vocab_size", "end_token"} <= meta.keys():
-        raise UserError(f"{folder}/meta.json: not written by prepare.py; run prepare.py --out_dir {folder}")
+        raise UserError(f"{folder}/meta.json: not written by prepare.py; {run.how_to_prepare(folder)}")
     return meta, tokenizer
 
 
@@ -568,7 +569,7 @@ def print_sample(model: GPT, tokenizer, prompt: list[int], seed: int) -> None:
 # ---- Saving and restoring --------------------------------------------------------------------------
 
 
-def save(s, model: GPT, optimizers: list, scaler, step: int, seconds: float, metadata: dict) -> None:
+def save(s, model: GPT, optimizers: list, scaler, step: int, seconds: float, metadata: dict, prompt) -> None:
     """Write a checkpoint to out_dir: it is there whole, or not at all. Remove all but the two newest.
 
     It depends neither on the device nor on the number of processes: a run may continue on two GPUs.
@@ -581,6 +582,7 @@ def save(s, model: GPT, optimizers: list, scaler, step: int, seconds: float, met
         "seconds": seconds,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": scaler.state_dict(),
+        "prompt": prompt,  # an example, with which sample.py begins if it is asked for nothing
         **metadata,
     }
     out_dir = Path(s.out_dir)

@@ -37,7 +37,7 @@ def read_checkpoint(path: Path) -> dict:
             raise UserError(f"{path}: no checkpoint (ckpt_*.pt) in this folder; has the training saved one?")
         path = checkpoints[0]
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder; {how_to_train(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "model_config", "tokenizer", "step"} - checkpoint.keys()
@@ -51,6 +51,30 @@ def read_checkpoint(path: Path) -> dict:
     if missing:
         raise UserError(f"{path}: not a checkpoint of this program ({min(missing)!r} is missing)")
     return checkpoint
+
+
+def how_to_train(run: Path) -> str:
+    """What to do where a run is missing: the command that makes it, if a config has its name."""
+    config = Path("config", f"{run.name}.py")
+    if not config.exists():
+        return "give a checkpoint, or the folder of a run such as out/demo"
+    script = "python train.py"
+    if run.name.endswith("_sft"):
+        script = "python sft.py"
+    elif run.name.endswith("_dpo"):
+        script = "python -m tools.dpo"
+    return f"train it first: {script} {config.as_posix()}"
+
+
+def newest_run(folder: Path) -> Path:
+    """The run in a folder of runs whose checkpoint was written last. Raises UserError."""
+    checkpoints = []
+    for run in folder.glob("*"):
+        checkpoints += find_checkpoints(run)[:1]
+    if not checkpoints:
+        raise UserError(f"{folder}: no run here; train one first: python train.py config/demo.py")
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+    return newest.parent
 
 
 def build_model(checkpoint: dict, path: Path) -> GPT:

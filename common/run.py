@@ -20,6 +20,17 @@ import torch.distributed as dist
 from common.checkpoint import choose_device, choose_dtype, find_checkpoints
 from common.files import UserError, atomic_write, locked
 
+# The commands at the top of the configs, by the folder they make
+PREPARE_COMMANDS = {
+    "data/demo": "python prepare.py",
+    "data/demo_sft": "python prepare.py --task sft --tokenizer data/demo/tokenizer.model",
+    "data/microstories": "python prepare.py --download tinystories-zh --out_dir data/microstories",
+    "data/microstories_sft": "python prepare.py --task sft --download tinystories-zh "
+    "--tokenizer data/microstories/tokenizer.model --out_dir data/microstories_sft",
+    "data/microstories_chatglm": "python prepare.py --download tinystories-zh "
+    "--tokenizer chatglm_tokenizer.model --out_dir data/microstories_chatglm",
+}
+
 
 @contextlib.contextmanager
 def training(s):
@@ -186,6 +197,17 @@ def print_end(step: int, finished: bool) -> None:
         print(f"finished and saved at step {step}")
     else:
         print(f"stopped and saved at step {step}; to continue, give the same command with --resume=True")
+
+
+def how_to_prepare(folder: Path) -> str:
+    """What to do where prepared data is missing: the command at the top of the config, for its data."""
+    command = PREPARE_COMMANDS.get(folder.as_posix())
+    if not command:
+        return f"run python prepare.py YOUR_FILES --out_dir {folder}"
+    advice = f"run {command}"
+    if folder.name == "microstories":
+        advice += "; or, for a try, add --data_dir=data/demo"
+    return advice
 
 
 # ---- Checks, which only raise ----------------------------------------------------------------------

@@ -11,6 +11,14 @@ from typing import Any
 from common.files import UserError, user_path
 
 RENAMED = {"cooldown": "decay_fraction", "eval_blocks": "eval_sequences"}  # old name -> new name
+# Settings that only some scripts have: who meets one elsewhere has given the config of another script.
+SCRIPTS = {
+    "n_layer": "train.py",
+    "document_mask": "train.py",
+    "init_from": "sft.py or tools.dpo",
+    "instructions": "tools.dpo",
+    "pairs": "tools.dpo",
+}
 
 
 def setting(
@@ -120,7 +128,11 @@ def check_key(key: str, types: dict, where: str) -> None:
     closest = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
     if key in RENAMED:
         closest = [RENAMED[key]]
-    hint = f"; did you mean {closest[0]!r}?" if closest else ""
+    hint = ""
+    if key in SCRIPTS:
+        hint = f"; it is a setting of {SCRIPTS[key]}"
+    elif closest:
+        hint = f"; did you mean {closest[0]!r}?"
     raise UserError(f"{where}: unknown key {key!r}{hint}")
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -228,7 +229,6 @@ def test_best_of_ranks_by_the_words_asked_for(tuned):
     ("options", "words"),
     [
         (("--words", "森林", "--best_of", 0), ["--best_of 0", "at least 1"]),
-        (("--best_of", 4), ["--best_of 4", "nothing to choose by"]),
         (("--summary", "小猴捞月亮。", "--best_of", 4), ["nothing to choose by"]),
         (("--instruction", "讲个故事", "--best_of", 4), ["nothing to choose by"]),
         (("--words", "森林" * 400, "--best_of", 4), ["tokens", "at most"]),
@@ -262,6 +262,38 @@ def test_many_to_choose_from_come_in_batches(tuned):
         return reward(score({"词汇": "森林"}, story) | {"finished": float(finished)})
 
     assert done.stdout == max(candidates, key=worth)[0] + "\n"
+
+
+def test_asked_for_nothing(tuned, tmp_path):
+    """A tuned model shows the example of its checkpoint; an older one, without an example, says how to ask."""
+    done = sample_here("--ckpt", tuned, "--num", 1)
+    assert len(done.stdout) > 10 and done.stdout == stories(
+        "--ckpt", tuned, "--num", 1, "--instruction", example_of(tuned)
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("asked for: ") and "--words" in line
+    state = read_checkpoint(tuned)
+    del state["prompt"]
+    torch.save(state, tmp_path / "old.pt")
+    assert_one_line_error(sample_here("--ckpt", tmp_path / "old.pt"), "old.pt", "--words")
+
+
+def example_of(run):
+    checkpoint = read_checkpoint(run)
+    return load_tokenizer(checkpoint["tokenizer"], run).decode(checkpoint["prompt"])
+
+
+def test_no_checkpoint_means_the_newest_run(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_error(sample_here(), "out: no run here", "python train.py")
+    for age, name in ((100, "a_new"), (200, "z_old")):
+        shutil.copytree(ckpt, tmp_path / "out" / name)
+        for path in find_checkpoints(tmp_path / "out" / name):
+            os.utime(path, (time.time() - age, time.time() - age))
+    expected = stories("--ckpt", "out/a_new", "--num", 1, "--max_new_tokens", 9)
+    for args in ((), ("--ckpt",)):
+        done = sample_here("--num", 1, "--max_new_tokens", 9, *args)
+        assert (done.stdout, done.stderr) == (expected, "the newest run is out/a_new\n")
 
 
 def test_prompt_file(ckpt, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import sft
 from common.checkpoint import choose_device
 from common.files import UserError, report_errors
+from common.run import PREPARE_COMMANDS
 from common.settings import load_settings, read_config
 from tools import dpo
 from train import Settings
@@ -416,3 +417,17 @@ def test_help_and_a_mistake_through_the_program(tmp_path):
         assert line.split("=", 1)[1] == str(field.default)
     (tmp_path / "c.py").write_text("import sys\nsys.exit(0)\n")
     assert_one_line_error(run_script("train.py", tmp_path / "c.py", check=False), "c.py:1: ")
+
+
+def test_the_config_of_another_script_is_named():
+    for config, cls, script in (("demo_sft", Settings, "sft.py"), ("demo", sft.Settings, "train.py")):
+        with pytest.raises(UserError, match=script):
+            load_settings([str(ROOT / "config" / f"{config}.py")], cls, "")
+
+
+def test_the_commands_that_prepare_data_stand_in_the_configs():
+    texts = [path.read_text(encoding="utf-8") for path in CONFIGS]
+    words = " ".join(texts).replace("\\", " ").split()
+    configs = " ".join(words)
+    for folder, command in PREPARE_COMMANDS.items():
+        assert command in configs and f'"{folder}"' in configs, folder
