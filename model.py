@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IGNORE = -100  # targets with this value do not count in the loss
-# Tokens whose logits are in memory at once: few fit a CPU's caches; on a GPU fewer chunks compile faster.
+# Tokens whose logits are in memory at once: few fit a CPU's cache; on a GPU fewer chunks compile faster.
 LOGITS_PER_CHUNK = {"cpu": 1024, "cuda": 4096, "mps": 4096}
 
 
@@ -199,11 +199,11 @@ class GPT(nn.Module):
         return F.linear(x, self.embedding.weight)  # (B, T, V)
 
     def loss(self, tokens, targets, documents=None, positions=None):
-        """The cross entropy in nats, summed over all targets, (B, T), that are not IGNORE: (), float32.
+        """The cross entropy in nats: the sum, float32, over all targets, (B, T), that are not IGNORE.
 
-        F.cross_entropy(self(tokens), targets, ignore_index=IGNORE, reduction="sum"), without all logits in
-        memory. A sum, so that the caller divides once, by all targets of a step: then each token weighs the
-        same in whichever micro-batch it is.
+        It equals F.cross_entropy of all logits with reduction="sum", without all logits in memory. A sum, so
+        that the caller divides once, by all targets of a step: then each token weighs the same in whichever
+        micro-batch it is.
         """
         x = self.hidden(tokens, documents, positions).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()  # (B * T,)

@@ -174,8 +174,9 @@ def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argpar
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909). Returns the model file. Raises
-    UserError.
+    """Train a byte-fallback BPE (Sennrich et al. 2016, arXiv:1508.07909). Returns the model file.
+
+    Raises UserError.
     """
     model = io.BytesIO()
     try:
@@ -211,8 +212,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def template_for(tokenizer) -> str:
-    """TEMPLATE; for a tokenizer without our control tokens, a template with its own begin token. Raises
-    UserError.
+    """TEMPLATE; for a tokenizer without our control tokens, a template with its own begin token.
+
+    Raises UserError.
     """
     if all(tokenizer.is_control(tokenizer.piece_to_id(piece)) for piece in CONTROL_TOKENS):
         return TEMPLATE
@@ -328,9 +330,7 @@ def show_first_story(folder: Path) -> None:
 
 
 def decode_with_control_tokens(tokenizer, tokens: list[int]) -> str:
-    """The text of tokens. tokenizer.decode leaves control tokens out; here they show where an instruction
-    ends.
-    """
+    """The text of tokens, with the control tokens, which tokenizer.decode leaves out."""
     text = ""
     run: list[int] = []  # tokens since the last control token
     for token in tokens:

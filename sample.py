@@ -3,7 +3,7 @@
     python sample.py --ckpt out/demo
     python sample.py --ckpt out/demo --prompt 从前 --num 5 --temperature 1.0
     python sample.py --ckpt out/demo_sft --words 铲子,草地 --features 转折
-    python sample.py --ckpt out/demo_sft --words 铲子,草地 --best_of 8          of eight stories the best
+    python sample.py --ckpt out/demo_sft --words 铲子,草地 --best_of 8          the best of eight
     python sample.py --ckpt out/demo_sft --interactive
 
 Stories are decoded in batches with a KV cache; the first one streams to the terminal.
@@ -46,9 +46,10 @@ def generate(
 ):
     """Continue every prompt, all as one batch. Yields the next token of each sequence, (B,), step by step.
 
-    Prompts may differ in length; none may be empty. A sequence that has ended yields end_token. Stops when
-    all have ended, after max_new_tokens, or when the longest sequence reaches block_size. Compiling takes ten
-    seconds first, on a GPU 25; a single sequence then takes a third of the time, on a GPU an eighth.
+    In the shapes, B sequences were begun and A of them are active. Prompts may differ in length; none may be
+    empty. A sequence that has ended yields end_token. Stops when all have ended, after max_new_tokens, or
+    when the longest sequence reaches block_size. Compiling takes ten seconds first, on a GPU 25; a single
+    sequence then takes a third of the time, on a GPU an eighth.
     """
     longest = max(len(prompt) for prompt in prompts)
     end = min(longest + max_new_tokens, model.config.block_size)
@@ -145,10 +146,10 @@ def sample_token(
     p = values.softmax(dim=-1)  # (B, k)
     held_before = p.cumsum(dim=-1) - p  # (B, k), the probability of the tokens that are more likely
     p = p.masked_fill(held_before >= top_p, 0)
-    # The largest of p / e, e from Exponential(1), is token i with probability p[i]. torch.multinomial would
-    # wait for the device.
-    chosen = (p / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
-    return tokens.gather(1, chosen)[:, 0]  # (B,)
+    # The largest of p / e, e from Exponential(1), is token i with probability p[i]. Unlike torch.multinomial
+    # this takes noise that was drawn for all sequences, see generate.
+    index = (p / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
+    return tokens.gather(1, index)[:, 0]  # (B,)
 
 
 def round_up(length: int) -> int:
@@ -172,13 +173,9 @@ def compile_decode(model: GPT, cache: list, use_cuda_graph: bool):
                 torch._dynamo.mark_dynamic(tensor, 2)
     device = model.embedding.weight.device
     if device.type == "cpu":
-        # Imported here: it takes as long as PyTorch itself.
-        from torch._inductor import (
-            config as compiler_config,
-        )
+        from torch._inductor import config as compiler_config  # here, as it takes long
 
-        # A vector times a matrix is bound by reading the matrix: a fused loop does it up to three times as
-        # fast.
+        # A vector times a matrix is bound by reading the matrix: a fused loop is up to three times as fast.
         limit = {"cpu_max_other_dimension_decomposition": 1 << 20}
         compiler_config.post_grad_fusion_options["decompose_mm_pass"] = limit
     return try_compile(model, device, "reduce-overhead" if use_cuda_graph else None)
@@ -216,9 +213,8 @@ def sample_stories(
             if not text.endswith("\ufffd"):  # an incomplete character
                 write(text[n_written:])
                 n_written = len(text)
-    texts = [
-        tokenizer.decode(story).rstrip("\ufffd") for story in stories
-    ]  # max_new_tokens may cut a character
+    # max_new_tokens may cut a character: what is left of it decodes to U+FFFD.
+    texts = [tokenizer.decode(story).rstrip("\ufffd") for story in stories]
     if write:
         write(texts[0][n_written:])
     return list(zip(texts, finished, strict=True))
@@ -241,7 +237,7 @@ def main() -> None:
     if template and not args.interactive and not args.instruction and not args.prompt:
         args.instruction = example_instruction(tokenizer, checkpoint, args.ckpt)
 
-    def answer(instruction: str, beginning: str) -> None:
+    def respond(instruction: str, beginning: str) -> None:
         prompt = encode_prompt(tokenizer, template, instruction, beginning)
         if args.best_of > 1:
             constraints = read_constraints(instruction)
@@ -250,11 +246,11 @@ def main() -> None:
             print_stories(model, tokenizer, prompt, args.num, options)
 
     if not args.interactive:
-        answer(args.instruction, args.prompt)
+        respond(args.instruction, args.prompt)
         return
-    for answers in ask(list(NAMES) if template else ["prompt"]):
+    for typed in ask(list(NAMES) if template else ["prompt"]):
         try:
-            answer(write_constraints(answers) if template else "", answers.get("prompt", ""))
+            respond(write_constraints(typed) if template else "", typed.get("prompt", ""))
         except UserError as e:  # a prompt that is too long is no reason to stop asking
             if not sys.stdin.isatty():
                 raise
@@ -290,8 +286,9 @@ def write_now(text: str) -> None:
 
 
 def print_best_stories(model, tokenizer, prompt, constraints, num: int, best_of: int, options: dict) -> None:
-    """Print `num` stories, each the best of `best_of`, by the rules of stories/rewards.py. Raises
-    UserError.
+    """Print `num` stories, each the best of `best_of`, by the rules of stories/rewards.py.
+
+    Raises UserError.
     """
     if not can_choose(constraints):
         known = "--words, --sentence or --features 对话"
@@ -316,9 +313,7 @@ def print_best_stories(model, tokenizer, prompt, constraints, num: int, best_of:
 
 
 def batch_sizes(total: int) -> tqdm:
-    """The sizes of batches for `total` stories, so that they fit in memory; with a bar if they are
-    several.
-    """
+    """The sizes of batches for `total` stories that fit in memory, with a bar if they are several."""
     sizes = [min(BATCH, total - first) for first in range(0, total, BATCH)]
     return tqdm(sizes, unit="batch", delay=1e-3, leave=False, disable=None if len(sizes) > 1 else True)
 

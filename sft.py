@@ -54,9 +54,9 @@ def tune(s: Settings) -> None:
     model = build_model(checkpoint, source)
 
     meta, template, response_token = open_examples(folder, source, checkpoint)
-    sizes = (s.block_size, model.config.block_size)
-    train_data = PackedSFTDataset(folder / "train.bin", meta, response_token, *sizes, s.seed)
-    val_data = PackedSFTDataset(folder / "val.bin", meta, response_token, *sizes)  # the same for every seed
+    longest = model.config.block_size
+    train_data = PackedSFTDataset(folder / "train.bin", meta, response_token, s.block_size, longest, s.seed)
+    val_data = PackedSFTDataset(folder / "val.bin", meta, response_token, s.block_size, longest)
     if run.rank() == 0:
         print(train_data.describe())
         print(val_data.describe())
@@ -65,8 +65,8 @@ def tune(s: Settings) -> None:
     if s.lora_rank > 0:
         add_lora(model, s.lora_rank, s.lora_alpha)
         metadata["lora"] = {"rank": s.lora_rank, "alpha": s.lora_alpha}
-    middle = val_data.packed[len(val_data.packed) // 2]  # of middle length, as the longest come first
-    instruction, _ = val_data.example(middle)
+    first = val_data.packed.min()  # of the examples that fit; it begins the sample stories
+    instruction, _ = val_data.example(first)
     train(s, model, train_data, val_data, metadata, prompt=instruction.tolist())
 
 
@@ -95,12 +95,12 @@ class PackedSFTDataset(ShuffledDataset):
 
     Two examples in one sequence (E: end token; U, A: control tokens of the template; a to f: text):
 
-        tokens      E U a b A c d  E U e A f  E E     (each begins with the end of another, as in sampling)
+        tokens      E U a b A c d  E U e A f  E E     (each begins with an end token, as in sampling)
         targets     - - - - c d E  - - - f E  - -     (-: IGNORE)
         documents   7 7 7 7 7 7 7  2 2 2 2 2 -1 -1    (the index of the example: attention stays inside)
         positions   0 1 2 3 4 5 6  0 1 2 3 4  0 0
 
-    The prompt is no target: who asks writes it, and the model shall learn to answer, not to ask.
+    The prompt is no target: the user writes it. The model is trained on responses only.
     """
 
     def __init__(

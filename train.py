@@ -119,7 +119,7 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
     # float16 gradients are scaled, or the small ones would become 0. Otherwise the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = 0  # steps that are done
-    seconds_before = 0.0  # that an earlier process has trained
+    seconds_before = 0.0  # that earlier processes of this run took
     if saved:
         run.check_same_run(saved, s, model, metadata)
         step, seconds_before = restore(saved, model, optimizers, scaler)
@@ -135,10 +135,10 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
     bar = tqdm(total=s.max_iters, initial=step, unit="step", disable=None if is_main_process else True)
 
     if step == 0 and is_main_process:
-        # Before the first step every token is about equally likely: the loss is near ln(vocab_size).
-        metrics = evaluate(compiled_loss, model, val_data, tokenizer, s, autocast)
-        log({"step": 0, "tokens": 0, **metrics})
-        print_validation(0, metrics)
+        # A new model takes all tokens for about equally likely: its loss is near ln(vocab_size).
+        val_metrics = evaluate(compiled_loss, model, val_data, tokenizer, s, autocast)
+        log({"step": 0, "tokens": 0, **val_metrics})
+        print_validation(0, val_metrics)
 
     progress = progress_of(step, seconds_before, s)  # the share of the run that is done
     stopping = False
@@ -151,13 +151,13 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
         sums: dict[str, torch.Tensor] = {}  # of each metric, over the micro-batches
         for batch in micro_batches:
             with autocast:
-                metrics = compiled_loss(model, batch)
-            scaler.scale(metrics["loss"] / denominator).backward()
-            for name, value in metrics.items():
+                batch_sums = compiled_loss(model, batch)
+            scaler.scale(batch_sums["loss"] / denominator).backward()
+            for name, value in batch_sums.items():
                 sums[name] = sums.get(name, 0) + value.detach()  # ()
         next_batch = get_batch(train_data, step + 1, s, device)  # while the device still computes
-        # Why not DistributedDataParallel: it would wrap the model, and transfer gradients during the last
-        # backward pass. One transfer after all micro-batches gives the same sums.
+        # One transfer after all micro-batches, and no DistributedDataParallel: that gives the same sums, and
+        # hides the transfer behind the backward pass, but wraps the model.
         gradients = [p.grad for p in trainable if p.grad is not None]
         run.all_reduce(*sums.values(), *gradients)
 
@@ -182,10 +182,10 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
         elapsed = time.perf_counter() - started_at
         stopping, seconds = run.agree_on_end(stop_requested.is_set(), seconds_before + elapsed)
         progress = progress_of(step, seconds, s)
-        last = progress >= 1
-        should_eval = last or step % s.eval_interval == 0
-        should_save = last or stopping or step % s.save_interval == 0
-        should_sample = s.sample_interval > 0 and (last or step % s.sample_interval == 0)
+        finished = progress >= 1
+        should_eval = finished or step % s.eval_interval == 0
+        should_save = finished or stopping or step % s.save_interval == 0
+        should_sample = s.sample_interval > 0 and (finished or step % s.sample_interval == 0)
         should_log = should_eval or should_save or should_sample or step % s.log_interval == 0
         if should_log:
             means = mean_of_each(recent)  # waits for the device
@@ -199,9 +199,9 @@ def train(s, model: GPT, train_data, val_data, metadata: dict, loss_fn=None, pro
                 line["peak_memory"] = torch.cuda.max_memory_allocated()  # bytes
             bar.set_postfix(loss=f"{means['loss']:.3f}", tokens_s=f"{speed:,.0f}")
             if should_eval and is_main_process:
-                metrics = evaluate(compiled_loss, model, val_data, tokenizer, s, autocast)
-                line.update(metrics)
-                print_validation(step, metrics)
+                val_metrics = evaluate(compiled_loss, model, val_data, tokenizer, s, autocast)
+                line.update(val_metrics)
+                print_validation(step, val_metrics)
             log(line)
         if should_save:
             run.check_weights(trainable, step)
@@ -401,9 +401,9 @@ def learning_rate_at(progress: float, s: LoopSettings) -> float:
 def make_optimizers(model: GPT, s: LoopSettings, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters; or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon is for maps from vectors to vectors. The embedding is none: it looks rows up. It is also the output
-    matrix, which is a map, but as both are one matrix, AdamW has it. With LoRA (sft.py) Muon has the matrices
-    A and B. `dtype` is that of the matrix products.
+    Muon orthogonalizes the updates of matrices that multiply activations. The embedding is a look-up table,
+    so AdamW updates it; the output matrix is the same tensor. With LoRA (sft.py) Muon updates the matrices A
+    and B. `dtype` is that of the matrix products.
     """
     muon_matrices = []
     other_matrices = []
@@ -532,7 +532,7 @@ def evaluate(loss_fn, model: GPT, data: ShuffledDataset, tokenizer, s, autocast)
         for targets in batch["targets"].flatten(0, -2):  # (T,)
             n_characters += len(tokenizer.decode(targets[targets != IGNORE].tolist()))
     means = {f"val_{name}": total / denominator for name, total in totals.items()}
-    if list(totals) == ["loss"]:
+    if list(totals) == ["loss"]:  # the loss of preferences (tools/dpo.py) has other metrics beside it
         nats_per_character = totals["loss"] / max(1, n_characters)
         means["val_perplexity"] = math.exp(min(means["val_loss"], 700))  # a float ends at e^709
         means["val_bits_per_character"] = nats_per_character / math.log(2)
@@ -552,8 +552,8 @@ def print_sample(model: GPT, tokenizer, prompt: list[int], seed: int) -> None:
     story: list[int] = []
     while len(prompt) + len(story) < model.config.block_size:
         tokens = torch.tensor([prompt + story], device=device)  # (1, T)
-        last = torch.tensor([tokens.size(1) - 1], device=device)  # (1,)
-        logits = model(tokens, last=last)[0, 0]  # (V,)
+        last_position = torch.tensor([tokens.size(1) - 1], device=device)  # (1,)
+        logits = model(tokens, last=last_position)[0, 0]  # (V,)
         values, likely = (logits / 0.8).topk(min(50, logits.size(0)))  # (50,) each
         index = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)  # (1,)
         token = likely[index].item()

@@ -41,13 +41,10 @@ def read_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "model_config", "tokenizer", "step"} - checkpoint.keys()
-    except (
-        Exception
-    ) as e:  # the unpickler of a damaged file can raise anything; PyTorch's advice is to run its code
-        reason = f"{type(e).__name__}: it is damaged, of another program, or holds code"
-        raise UserError(
-            f"{path}: not a checkpoint that can be read ({reason}); is there an older one?"
-        ) from None
+    except Exception as e:  # the unpickler of a damaged file can raise anything
+        # Without its message, as PyTorch's advice is to run the file's code.
+        found = f"not a checkpoint that can be read ({type(e).__name__}: damaged, foreign, or holds code)"
+        raise UserError(f"{path}: {found}; is there an older one?") from None
     if missing:
         raise UserError(f"{path}: not a checkpoint of this program ({min(missing)!r} is missing)")
     return checkpoint
@@ -91,13 +88,14 @@ def build_model(checkpoint: dict, path: Path) -> GPT:
 def merge_lora(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint. Each W with an adapter (sft.py) becomes W + (alpha / rank) B A."""
     weights = {}
+    adapter_key = "parametrizations.weight."
     for name, weight in checkpoint["model"].items():
-        prefix, is_adapted, part = name.partition("parametrizations.weight.")
-        if not is_adapted:
+        prefix, separator, part = name.partition(adapter_key)
+        if not separator:
             weights[name] = weight
-        elif part == "original":
-            a = checkpoint["model"][f"{prefix}{is_adapted}0.A"]  # (rank, in)
-            b = checkpoint["model"][f"{prefix}{is_adapted}0.B"]  # (out, rank)
+        elif part == "original":  # 0.A and 0.B are merged with it
+            a = checkpoint["model"][f"{prefix}{adapter_key}0.A"]  # (rank, in)
+            b = checkpoint["model"][f"{prefix}{adapter_key}0.B"]  # (out, rank)
             scale = checkpoint["lora"]["alpha"] / a.size(0)
             weights[f"{prefix}weight"] = weight + scale * (b @ a)  # (out, in)
     return weights
@@ -107,7 +105,10 @@ def merge_lora(checkpoint: dict) -> dict[str, torch.Tensor]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device, as asked for or the best there is. Raises UserError."""
+    """Choose a device, as asked for or the best there is, and make it the current one. Raises UserError.
+
+    On CUDA float32 products become TF32, which is faster and less exact.
+    """
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     elif name == "auto":
@@ -121,7 +122,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device = {name!r}: PyTorch finds no such device here; try --device=cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32
     return device
 
 

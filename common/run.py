@@ -1,6 +1,6 @@
 """What keeps a training run in order: processes of torchrun, the lock, signals, logs, checks.
 
-train.py, sft.py and tools/dpo.py use it. It changes nothing of what is trained.
+train.py, sft.py and tools/dpo.py use it. Who wants to know what is learned may skip it.
 """
 
 import contextlib
@@ -34,7 +34,10 @@ PREPARE_COMMANDS = {
 
 @contextlib.contextmanager
 def training(s):
-    """Run the body as one of torchrun's processes, or alone. The first locks out_dir. Raises UserError."""
+    """Configure PyTorch, join torchrun's processes, seed, and lock out_dir; then run the body.
+
+    Raises UserError if out_dir is in use, or holds a run and s.resume is False.
+    """
     configure_pytorch(s.deterministic)
     if started_by_torchrun():
         uses_cuda = choose_device(s.device).type == "cuda"
@@ -85,7 +88,7 @@ def world_size() -> int:
 
 
 def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
-    """Sum each tensor over all processes, in place, in one transfer. Raises UserError if one is gone."""
+    """Sum each tensor over all processes, in place, in one transfer. Raises UserError."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -101,7 +104,7 @@ def all_reduce(*tensors: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
 
 
 def agree_on_end(stop_requested: bool, seconds: float) -> tuple[bool, float]:
-    """Whether one of the processes has to stop, and the longest of their times: all end after one step."""
+    """Whether one process has to stop, and the longest of their times: all stop after the same step."""
     both = torch.tensor([float(stop_requested), seconds], dtype=torch.float64)
     all_reduce(both, op=dist.ReduceOp.MAX)
     any_requested, longest = both.tolist()
@@ -150,7 +153,7 @@ def keep_freed_memory() -> None:
 def catch_signals() -> threading.Event:
     """Let Ctrl-C, SIGTERM and a closed terminal set the event: the run saves and ends.
 
-    A second signal ends it at once.
+    A second one of the same kind ends it at once.
     """
     requested = threading.Event()
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
@@ -194,9 +197,9 @@ def print_end(step: int, finished: bool) -> None:
     if rank() > 0:
         return
     if finished:
-        print(f"finished and saved at step {step}")
+        print(f"finished and saved at step {step:,}")
     else:
-        print(f"stopped and saved at step {step}; to continue, give the same command with --resume=True")
+        print(f"stopped and saved at step {step:,}; to continue, give the same command with --resume=True")
 
 
 def how_to_prepare(folder: Path) -> str:
@@ -217,7 +220,10 @@ def check_data(s, train_data, val_data) -> None:
     """Raise a UserError if settings, data and processes do not fit."""
     n = s.gradient_accumulation_steps
     if n % world_size():
-        raise UserError(f"gradient_accumulation_steps = {n}: not a multiple of {world_size()} processes")
+        advice = f"set it to {world_size()}, and lower batch_size to keep the size of a step"
+        raise UserError(
+            f"gradient_accumulation_steps = {n}: not a multiple of {world_size()} processes; {advice}"
+        )
     for data, advice in ((train_data, "add stories"), (val_data, "prepare with a larger --val_fraction")):
         if len(data) == 0:
             missing = f"holds no sequence of {s.block_size} tokens and one more"
@@ -301,11 +307,11 @@ def start_log(s, step: int):
 
 
 def remove_lines_after(step: int, path: Path) -> None:
-    """Remove the lines of later steps from metrics.jsonl, and a last one that is not complete."""
+    """Remove the lines of later steps from metrics.jsonl, and an incomplete one; at step 0 all lines."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     with atomic_write(path) as f:
         for line in lines:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            if step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 f.write(line)
 
 
@@ -313,7 +319,7 @@ def start_tensorboard(s, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     # Hides what a killed run logged after its checkpoint.
-    writer = SummaryWriter(s.out_dir, purge_step=step + 1)
+    writer = SummaryWriter(s.out_dir, purge_step=step + 1 if step else 0)
 
     def show(line: dict) -> None:
         for name, value in line.items():

@@ -10,8 +10,9 @@ from model import GPT
 
 
 def open_model(path: Path, device_name: str, dtype_name: str) -> tuple[GPT, Any, dict]:
-    """The model of a checkpoint on the device asked for, its tokenizer, and the whole checkpoint. Raises
-    UserError.
+    """The model of a checkpoint on the device asked for, its tokenizer, and the whole checkpoint.
+
+    Raises UserError.
     """
     device = choose_device(device_name)
     checkpoint = read_checkpoint(path)

@@ -34,7 +34,7 @@ def setting(
 
 
 def check_ranges(settings) -> None:
-    """Raise a UserError that names the first setting outside its range. In paths, expand ~."""
+    """Raise a UserError that names the first setting outside its range."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         limits = field.metadata or setting(None).metadata
@@ -46,7 +46,13 @@ def check_ranges(settings) -> None:
             raise UserError(
                 f"{field.name} = {value!r}: must be one of {', '.join(map(repr, limits['choices']))}"
             )
-        if limits["path"] and value != field.default:
+
+
+def expand_paths(settings) -> None:
+    """Replace ~ by the home folder in the settings that are paths. Raises UserError."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.metadata and field.metadata["path"] and value != field.default:
             setattr(settings, field.name, str(user_path(value, f"{field.name} = ")))
 
 
@@ -81,8 +87,9 @@ def read_config(path: str) -> dict:
 
 
 def load_settings(arguments: list[str], cls: type, usage: str):
-    """An instance of the dataclass `cls` from config files and --key=value; later ones win. Raises
-    UserError.
+    """An instance of the dataclass `cls` from config files and --key=value; later ones win.
+
+    Raises UserError.
     """
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -104,6 +111,7 @@ def load_settings(arguments: list[str], cls: type, usage: str):
             values[key] = convert(key, value, types[key], argument)
     settings = cls(**values)
     check_ranges(settings)
+    expand_paths(settings)
     return settings
 
 

@@ -26,9 +26,7 @@ class Rules:
 
 
 def consistent(story: str) -> bool | None:
-    """Whether a story names no more heroes than its plot has, and of each slot one row; None for an unknown
-    plot.
-    """
+    """Whether a story names no more heroes than its plot, and one row of each slot; None without a plot."""
     grams = n_grams(story)
     rules = max(all_rules(), key=lambda rules: len(grams & rules.grams))
     if not grams or len(grams & rules.grams) < KNOWN * len(grams):
@@ -81,9 +79,7 @@ def values_in(rows: list[list[str]]) -> str:
 
 
 def rows_of_values(columns: list[str], rows: list[list[str]], texts: str, elsewhere: str) -> dict[str, int]:
-    """For each value that only one row of a slot has: the number of the row. `elsewhere` is text of other
-    origin.
-    """
+    """For each value that only one row of a slot has: the number of the row. `elsewhere` is other text."""
     found: dict[str, int] = {}
     ambiguous = set()
     for number, row in enumerate(rows):

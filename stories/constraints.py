@@ -59,9 +59,7 @@ def strip(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Unicode NFC, line ends as \\n, nothing unseen around. Raises UnicodeEncodeError for a lone
-    surrogate.
-    """
+    """Unicode NFC, line ends as \\n, nothing unseen around. Raises UnicodeEncodeError."""
     text = strip(unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
     text.encode()  # JSON can spell half of a surrogate pair, which no file can store
     return text

@@ -22,8 +22,9 @@ MOST_FAILURES = 5  # one after the other, without a byte between them
 
 
 def download(dataset: str, folder: Path) -> Path:
-    """Fetch a dataset's archive from the Hugging Face hub, or from the mirror HF_ENDPOINT names. Raises
-    UserError.
+    """Fetch a dataset's archive from the Hugging Face hub, or from the mirror HF_ENDPOINT names.
+
+    Raises UserError.
 
     What has arrived stays in a .part file; a later call (or retry) continues from there.
     """

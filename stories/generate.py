@@ -117,9 +117,7 @@ def make_story(rng: random.Random, plot: Plot, names: dict, animals: dict, skew:
 
 
 def draw_hero(rng: random.Random, groups: list[str], names: dict, animals: dict, taken: set) -> dict:
-    """Draw one character. `taken` holds the names and kinds already in the story, and gets those of this
-    one.
-    """
+    """Draw one character. Its name and kind are added to `taken`, which holds those in the story."""
     while True:
         group = pick(rng, groups)
         if group == "孩子":

@@ -66,8 +66,9 @@ class Block:
 
 
 def find_inputs(inputs: list[Path]) -> list[Path]:
-    """The files of files, folders and globs, in a fixed order, each once, without hidden ones. Raises
-    UserError.
+    """The files of files, folders and globs, in a fixed order, each once, without hidden ones.
+
+    Raises UserError.
 
     What a folder or a glob has beside them is named on stderr.
     """
@@ -129,9 +130,7 @@ def each_once(files: list[Path]) -> list[Path]:
 
 
 def is_story_file(path: Path, named: bool) -> bool:
-    """Whether to read a file; metadata, and what is in a folder that prepare.py has written, only if it is
-    named.
-    """
+    """Whether to read a file; metadata and files of prepare.py are read only if they are named."""
     kind, packing = suffixes_of(path.name)
     if kind not in (*SUFFIXES, ".tar") or (kind == ".parquet" and packing):
         return False
@@ -242,9 +241,7 @@ def read_archive(stream, name: str, unread: list[str]) -> Iterator[Block]:
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive. tarfile reads headers into memory whatever their size: this class refuses large
-    ones.
-    """
+    """A member of an archive. tarfile reads headers of any size into memory; this refuses large ones."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -351,8 +348,9 @@ def separator_of(head: bytes) -> bytes:
 
 
 def records_of(block: Block) -> Iterator[tuple[str, object]]:
-    """The records of one block: (where, record), of which `where` names the record in messages. Raises
-    UserError.
+    """The records of one block: (where, record), of which `where` names the record in messages.
+
+    Raises UserError.
     """
     if block.records:
         yield from block.records
@@ -478,8 +476,9 @@ def csv_lines(header: str, text) -> Iterator[str]:
 
 
 def column_names(titles: list[str], name: str) -> list[str]:
-    """The names of the columns, without the empty ones that a spreadsheet writes at the end. Raises
-    UserError.
+    """The names of the columns, without the empty ones that a spreadsheet writes at the end.
+
+    Raises UserError.
     """
     names = list(titles)
     while names and not names[-1].strip():

@@ -181,8 +181,9 @@ def prompt_and_response(record: dict, key: str, where: str) -> tuple[str, str]:
 
 
 def prompt_turns(record: dict, key: str, where: str) -> list[tuple[str, str]]:
-    """The turns before the response at `key`: a prompt that is a text, or a conversation. Raises
-    UserError.
+    """The turns before the response at `key`: a prompt that is a text, or a conversation.
+
+    Raises UserError.
     """
     conversations = []
     for name in ("prompt", *CONVERSATIONS):

@@ -20,9 +20,7 @@ DIALOGUE = {"对话", "對話", "Dialogue"}
 
 
 def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
-    """The scores of one story, given the constraints it was asked for; a score that does not apply is left
-    out.
-    """
+    """The scores of a story for the constraints it was asked for, without those that do not apply."""
     if constraints is None:
         constraints = {}
     scores: dict[str, float] = {"length": len(story), "repeat_4gram": repeated_4grams(story)}

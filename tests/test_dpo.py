@@ -38,7 +38,7 @@ def pairs_for(model, count=5, length=24, seed=0):
     rng, v = np.random.default_rng(seed), model.config.vocab_size
     pairs = [[rng.integers(1, v, rng.integers(2, 8)).tolist() for _ in range(3)] for _ in range(count)]
     data = PreferenceDataset(Path("made up"), pairs, length, 0, seed)
-    data.reference = rng.normal(-20, 5, (count, 2)).astype(np.float32)
+    data.reference_log_p = rng.normal(-20, 5, (count, 2)).astype(np.float32)
     return data
 
 
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_float64_reference(changes):
     model = model.double()
     model.zero_grad()
     total, expected = 0.0, dict.fromkeys(METRICS, 0.0)
-    for (prompt, *answers), reference in zip(data.pairs, data.reference.astype(float), strict=True):
+    for (prompt, *answers), reference in zip(data.pairs, data.reference_log_p.astype(float), strict=True):
         log_p = [log_p_by_hand(model, prompt, answer) for answer in answers]
         total = total + loss_by_hand(s, log_p, reference, list(map(len, answers)))
         gained = [p.item() - r for p, r in zip(log_p, reference, strict=True)]
@@ -96,7 +96,7 @@ def test_loss_equals_trl(beta, tmp_path):
         p.data.mul_(0.9)
     data = pairs_for(model)
     with torch.no_grad():
-        data.reference = log_probs(other, data.sequences(range(5))).numpy()
+        data.reference_log_p = log_probs(other, data.sequences(range(5))).numpy()
     ours = preference_loss(model, data.sequences(range(5)), Settings(beta=beta))["loss"] / 5
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in data.pairs]
     vocabulary = {f"t{i}": i for i in range(97)}

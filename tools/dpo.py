@@ -1,4 +1,4 @@
-"""Preference tuning: of two stories for one instruction, raise the probability of the better one.
+"""Preference tuning: of two stories for one instruction, make the better one more probable than the worse.
 
     python -m tools.dpo config/demo_dpo.py                     pairs of its own stories, then training
     python -m tools.dpo config/demo_dpo.py --make_pairs=True   only the pairs, into out_dir/pairs.jsonl
@@ -8,9 +8,8 @@ The loop is `train.train`. New here: the pairs, which the model samples itself o
 
     -log sigmoid(beta h)    DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7), where
                             h = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
-    + nll_weight times      the chosen story's own loss per token. By default nll_weight is 0; the configs
-                            have 1, as DPO alone lowers the probability of both stories, of the rejected one
-                            more.
+    + nll_weight times      the chosen story's mean loss per token. DPO alone lowers the probability of both
+                            stories; the configs set nll_weight = 1 against this (the default is 0).
 """
 
 import collections
@@ -77,7 +76,7 @@ def tune(s: Settings) -> None:
     if s.block_size > model.config.block_size:
         most = model.config.block_size
         raise UserError(f"block_size = {s.block_size}: {source} reads at most {most} tokens")
-    reference = digest(weight.numpy() for weight in model.state_dict().values())
+    model_digest = digest(weight.numpy() for weight in model.state_dict().values())
     device = choose_device(s.device)
     checkpoints = find_checkpoints(Path(s.out_dir))
     saved = read_checkpoint(checkpoints[0]) if checkpoints else {}
@@ -99,14 +98,14 @@ def tune(s: Settings) -> None:
             n = model.config.block_size
             examples = PackedSFTDataset(Path(s.data_dir, "train.bin"), meta, response_token, n, n)
             sampler = copy.deepcopy(model).to(device, dtype)
-            make_pairs(files[0], sampler, tokenizer, examples, reference, s)
+            make_pairs(files[0], sampler, tokenizer, examples, model_digest, s)
     if s.make_pairs:
         return
 
     train_data, val_data = read_pairs(files, template, tokenizer, s)
     for data in (train_data, val_data):  # now, so that no second model stays in memory
         compute_reference(data, model, device, dtype, s.batch_size)
-    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template, "reference": reference}
+    metadata = {"tokenizer": checkpoint["tokenizer"], "template": template, "reference": model_digest}
     metadata["pairs"] = digest(file.read_bytes() for file in files)
     if s.lora_rank > 0:
         add_lora(model, s.lora_rank, s.lora_alpha)
@@ -131,17 +130,17 @@ def digest(parts: Iterable) -> str:
 
 
 def make_pairs(
-    path: Path, model: GPT, tokenizer, data: PackedSFTDataset, reference: str, s: Settings
+    path: Path, model: GPT, tokenizer, data: PackedSFTDataset, model_digest: str, s: Settings
 ) -> None:
     """Sample stories for instructions of `data`. Write the best and the worst of each to `path`, as JSON.
 
-    Interrupted and called again with the same settings and model, of which `reference` is the digest, it
+    Interrupted and called again with the same settings and model, of which `model_digest` is the SHA-256, it
     continues where it stopped: a .part file beside `path` has a line for each batch, the list of its pairs.
     """
     order = np.random.default_rng(s.seed).permutation(sorted(data.packed))[: s.instructions]
     batch_size = max(1, BATCH // s.samples)  # instructions
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    made_with = repr((reference, str(data.path), s.samples, s.temperature, s.reference_chosen, s.seed))
+    made_with = repr((model_digest, str(data.path), s.samples, s.temperature, s.reference_chosen, s.seed))
     part = path.with_name(f"{path.name}.{digest([made_with.encode()])[:8]}.part")
     lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
     if lines and not lines[-1].endswith(b"\n"):  # cut off
@@ -166,8 +165,10 @@ def make_pairs(
         for pair in pairs:
             f.write(to_line(pair))
     part.unlink()
-    means = ", ".join(f"{name} {value:.3g}" for name, value in average(all_scores).items())
-    print(f"{path}: {len(pairs):,} pairs of {len(order):,} instructions; mean scores of the samples: {means}")
+    print(f"{path}: {len(pairs):,} pairs of {len(order):,} instructions")
+    if all_scores:  # else an earlier process has sampled all
+        means = ", ".join(f"{name} {value:.3g}" for name, value in average(all_scores).items())
+        print(f"mean scores of the {len(all_scores):,} stories sampled now: {means}")
 
 
 def to_line(value) -> bytes:
@@ -195,33 +196,33 @@ def sample_pairs(model: GPT, tokenizer, data: PackedSFTDataset, indices, seed: i
             scores = score(constraints, story)
             scores["finished"] = float(finished)
             candidates.append((story, scores))
-        reference = tokenizer.decode(response.tolist())
-        reference_scores = score(constraints, reference)
-        reference_scores["finished"] = 1.0
-        pair = choose_pair(candidates, (reference, reference_scores), s.reference_chosen)
+        corpus_story = tokenizer.decode(response.tolist())
+        corpus_scores = score(constraints, corpus_story)
+        corpus_scores["finished"] = 1.0
+        pair = choose_pair(candidates, (corpus_story, corpus_scores), s.reference_chosen)
         if pair:
             pair = {"prompt": prompt, **pair}
         yield pair, [scores for _, scores in candidates]
 
 
-def choose_pair(samples: list[tuple], reference: tuple, reference_chosen: bool) -> dict | None:
+def choose_pair(samples: list[tuple], of_corpus: tuple, reference_chosen: bool) -> dict | None:
     """The best and the worst of the samples of one instruction; None if they are equally good.
 
-    samples and reference are (story, scores). The reference, a story of the corpus, can only be chosen: if
+    samples and of_corpus are (story, scores). The story of the corpus can only be chosen: if
     reference_chosen, and if it is better than all samples.
     """
-    reference_story, reference_scores = reference
+    corpus_story, corpus_scores = of_corpus
 
     def worth(candidate) -> float:
-        return reward(candidate[1], reference_scores)
+        return reward(candidate[1], corpus_scores)
 
     samples = [sample for sample in samples if "\ufffd" not in sample[0]]  # tokens that spell no text
     if not samples:
         return None
     chosen = max(samples, key=worth)
-    rejected = min(reversed(samples), key=worth)
-    if reference_chosen and "\ufffd" not in reference_story and worth(reference) > worth(chosen):
-        chosen = reference
+    rejected = min(samples, key=worth)
+    if reference_chosen and "\ufffd" not in corpus_story and worth(of_corpus) > worth(chosen):
+        chosen = of_corpus
     if worth(chosen) == worth(rejected):
         return None
     return {
@@ -236,8 +237,9 @@ def choose_pair(samples: list[tuple], reference: tuple, reference_chosen: bool) 
 
 
 def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]]:
-    """(prompt, (chosen, whether it ended), (rejected, whether it ended)) of a record. Raises UserError and
-    LeftOut.
+    """(prompt, (chosen, whether it ended), (rejected, whether it ended)) of a record.
+
+    Raises UserError and LeftOut.
 
     The prompt and both responses are texts or conversations, as TRL, minimind, UltraFeedback and
     LLaMA-Factory write them.
@@ -262,9 +264,7 @@ def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]
 
 
 def has_ended(scores) -> bool:
-    """Whether a story has reached its end, by its scores of make_pairs; without scores it is taken to
-    have.
-    """
+    """Whether a story has reached its end, by its scores of make_pairs; without scores: yes."""
     return not isinstance(scores, dict) or scores.get("finished") != 0
 
 
@@ -280,7 +280,6 @@ def read_pairs(
                 pairs.append(pair_of(record, where))
             except LeftOut as reason:
                 left_out[str(reason)] += 1
-    mostly_left_out = left_out.total() > len(pairs)
 
     # The prompts with the smallest digests are held out, whatever their order.
     digests = {prompt: records.text_digest(prompt) for prompt, _, _ in pairs}
@@ -308,6 +307,7 @@ def read_pairs(
     summary = f"{files[0]}: {len(train_pairs):,} train, {len(val_pairs):,} val pairs"
     for cause, n in left_out.items():
         summary += f", {n:,} left out ({cause})"
+    mostly_left_out = left_out.total() > len(train_pairs) + len(val_pairs)
     if not train_pairs or not val_pairs or mostly_left_out:
         raise UserError(f"{summary}; training needs pairs of two prompts or more, and most must be usable")
     if run.rank() == 0:
@@ -318,16 +318,16 @@ def read_pairs(
 
 
 class PreferenceDataset(ShuffledDataset):
-    """Pairs of a chosen and a rejected story: (prompt, chosen, rejected), tokens each. A pair is two
-    sequences.
-    """
+    """Pairs of stories: (prompt, chosen, rejected), tokens each. A pair is two sequences."""
 
     def __init__(self, path: Path, pairs: list[tuple], block_size: int, end_token: int, seed: int):
         super().__init__(path, len(pairs), seed, 2 * block_size)
         self.pairs = pairs
         self.block_size = block_size
         self.end_token = end_token
-        self.reference = np.zeros((len(pairs), 2), dtype=np.float32)  # the reference's log-probabilities
+        self.reference_log_p = np.zeros(
+            (len(pairs), 2), dtype=np.float32
+        )  # the reference's log-probabilities
 
     def loss_denominator(self, batch: dict) -> float:
         """The number of pairs: the loss is a mean over pairs, not over tokens."""
@@ -348,7 +348,7 @@ class PreferenceDataset(ShuffledDataset):
         return {
             "tokens": torch.from_numpy(tokens),
             "targets": torch.from_numpy(targets),
-            "reference": torch.from_numpy(self.reference[indices]),
+            "reference_log_p": torch.from_numpy(self.reference_log_p[indices]),
         }
 
 
@@ -358,7 +358,7 @@ class PreferenceDataset(ShuffledDataset):
 def preference_loss(model, batch: dict, s: Settings) -> dict[str, torch.Tensor]:
     """The loss and other metrics, each summed over the pairs of a batch."""
     log_p = log_probs(model, batch)  # (P, 2)
-    gain = log_p - batch["reference"]  # (P, 2)
+    gain = log_p - batch["reference_log_p"]  # (P, 2)
     margin = s.beta * (gain[:, 0] - gain[:, 1])  # (P,)
     is_target = batch["targets"][:, 0] != IGNORE  # (P, T), of the chosen stories
     lengths = is_target.sum(dim=-1)  # (P,)
@@ -369,7 +369,7 @@ def preference_loss(model, batch: dict, s: Settings) -> dict[str, torch.Tensor]:
         "margin": margin,
         "chosen_log_p": log_p[:, 0],
         "rejected_log_p": log_p[:, 1],
-        "kl": gain.square().mean(dim=1) / 2,  # from the reference (Schulman 2020, estimator k2)
+        "kl": gain.square().mean(dim=1) / 2,  # rough: estimator k2 (Schulman 2020) on the pairs
     }
     is_pair = lengths > 0  # the last batch of validation may be padded
     return {name: (values * is_pair).sum() for name, values in metrics.items()}
@@ -388,14 +388,14 @@ def log_probs(model, batch: dict) -> torch.Tensor:
 def compute_reference(
     data: PreferenceDataset, model: GPT, device, dtype: torch.dtype, batch_size: int
 ) -> None:
-    """Fill data.reference, with the model before it is trained."""
+    """Fill data.reference_log_p, with the model before it is trained."""
     model.to(device)
     for first in tqdm(range(0, len(data), batch_size), desc="reference", unit="batch", disable=None):
         end = min(first + batch_size, len(data))
         batch = data.sequences(list(range(first, end)))
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            data.reference[first:end] = log_probs(model, on_device).cpu().numpy()
+            data.reference_log_p[first:end] = log_probs(model, on_device).cpu().numpy()
 
 
 # ---- The command -----------------------------------------------------------------------------------

@@ -141,8 +141,9 @@ def evaluation_table(runs: list[Path]) -> str:
 
 
 def stories_of(run: Path, words: str) -> str:
-    """Two stories of the newest checkpoint, for an instruction if the model follows them. Raises
-    UserError.
+    """Two stories of the newest checkpoint, for an instruction if the model follows them.
+
+    Raises UserError.
     """
     model, tokenizer, checkpoint = open_model(run, "auto", "auto")
     template = checkpoint.get("template", "")
