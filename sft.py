@@ -23,7 +23,7 @@ import torch.nn.utils.parametrize as parametrize
 
 from common import run
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
-from common.files import UserError, atomic_write, load_tokenizer, report_errors
+from common.files import UserError, atomic_write, load_tokenizer, locked, report_errors
 from common.settings import load_settings, setting
 from model import GPT, IGNORE
 from stories.constraints import template_tokens
@@ -242,7 +242,9 @@ def merge(out_dir: Path) -> None:
 def main() -> None:
     s = load_settings(sys.argv[1:], Settings, __doc__)
     if s.merge:
-        merge(Path(s.out_dir))
+        out_dir = Path(s.out_dir)
+        with locked(out_dir / "lock", out_dir):
+            merge(out_dir)
         return
     with run.training(s):
         tune(s)

@@ -3,8 +3,8 @@
     python prepare.py
     python train.py config/demo.py
 
-At most 130 steps of 4,096 tokens and at most 1 minute: most of the demo's 8 minutes are for
-config/demo_sft.py. With minutes=0 and more max_iters the model becomes better.
+At most 500 steps of 4,096 tokens and at most 4 minutes. With minutes=0 and more max_iters the model becomes
+better.
 """
 
 data_dir = "data/demo"
@@ -20,11 +20,13 @@ intermediate_size = 512
 document_mask = True  # the stories are short: without it most of a sequence is text of other stories
 
 batch_size = 16
-max_iters = 130
-minutes = 1.0
+max_iters = 500
+minutes = 4.0
 learning_rate = 0.01
 warmup_iters = 20
 decay_fraction = 0.7
+momentum = 0.8
+weight_decay = 0.3
 
 eval_interval = 50
 sample_interval = 25

@@ -3,7 +3,7 @@
     python prepare.py --task sft --tokenizer data/demo/tokenizer.model
     python sft.py config/demo_sft.py
 
-At most 1,000 steps of 3,840 tokens and at most 7 minutes.
+At most 600 steps of 3,840 tokens and at most 4.2 minutes.
 """
 
 init_from = "out/demo"
@@ -12,8 +12,8 @@ out_dir = "out/demo_sft"
 
 block_size = 320  # two examples in a sequence: packing efficiency 98%
 batch_size = 12
-max_iters = 1000
-minutes = 7.0
+max_iters = 600
+minutes = 4.2
 learning_rate = 0.01  # higher than in pretraining, or the model does not learn to look at the instruction
 warmup_iters = 20
 decay_fraction = 0.9

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A first model on any laptop with 2 CPU cores, in at most 9 minutes: pretraining, instruction tuning, stories.
+# A first model on any laptop with 2 CPU cores, in at most 10 minutes: pretraining, instruction tuning, stories.
 # Run it again and it continues where it stopped.
 source "$(dirname "$0")/setup.sh" requirements.txt
 start=$SECONDS
 printf '== prepare.py: 24,000 stories become tokens (less than a minute)\n'
 [ -e data/demo/meta.json ] || python prepare.py
-printf '\n== train.py: a model learns to write stories; it shows one now and then (at most 1 minute)\n'
+printf '\n== train.py: a model learns to write stories; it shows one now and then (at most 4 minutes)\n'
 python train.py config/demo.py --resume=True
-printf '\n== sample.py: two texts that begin with 小兔; after one minute they are words and sentences, hardly stories\n'
-python sample.py --ckpt out/demo --prompt 小兔 --num 2
+printf '\n== sample.py: two stories\n'
+python sample.py --ckpt out/demo --num 2 --temperature 0.7
 printf '\n== prepare.py: the stories become instructions and responses (less than a minute)\n'
 [ -e data/demo_sft/meta.json ] || python prepare.py --task sft --tokenizer data/demo/tokenizer.model
-printf '\n== sft.py: the model learns to write the story it is asked for (at most 7 minutes)\n'
+printf '\n== sft.py: the model learns to write the story it is asked for (at most 4.2 minutes)\n'
 python sft.py config/demo_sft.py --resume=True
 printf '\n== sample.py: two stories with 帽子 and 消防员\n'
 python sample.py --ckpt out/demo_sft --words 帽子,消防员 --num 2 --temperature 0.5

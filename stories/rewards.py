@@ -40,7 +40,7 @@ def score(constraints: dict[str, str] | None, story: str) -> dict[str, float]:
         scores["sentence_lcs80"] = float(exact or nearest > 0.8 * len(required))
     features = split_list(constraints.get("特点", ""))
     if DIALOGUE.intersection(features):
-        scores["dialogue"] = float(re.search("[“「『]", story) is not None)
+        scores["dialogue"] = float(re.search('[“「『"]', story) is not None)
     return scores
 
 

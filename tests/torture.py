@@ -452,9 +452,8 @@ def part_disk(ground, short):
                                log_interval=1)  # fmt: skip
             process.refused("metrics.jsonl", "No space left")
             assert not leftovers(folder / "out")
-            assert all(
-                json.loads(x)["step"] for x in (folder / "out/metrics.jsonl").read_text().splitlines()[:-1]
-            )
+            for line in (folder / "out/metrics.jsonl").read_text().splitlines()[:-1]:
+                assert "step" in json.loads(line)
     rows.append(("disk full in metrics.jsonl", times, ""))
 
     times = 2 if short else 20
