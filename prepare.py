@@ -352,7 +352,8 @@ def worker_pool(number: int):
         pool = ProcessPoolExecutor(number, initializer=start_worker)
     except OSError as e:
         problem = f"worker processes cannot start ({e.strerror}); they need to write to /dev/shm"
-        raise UserError(f"{problem}: mount -o remount,rw /dev/shm makes it writable") from None
+        advice = "make it writable (mount -o remount,rw /dev/shm), and free space in it"
+        raise UserError(f"{problem}; {advice}") from None
     with pool:
         try:
             yield pool

@@ -58,14 +58,26 @@ def report_errors(main) -> None:
     except KeyboardInterrupt:
         message = "interrupted"
     except (RuntimeError, MemoryError) as e:
-        # The first is PyTorch's error on a GPU, the second its message on a CPU.
-        out_of_memory = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)
-        if isinstance(e, RuntimeError) and not out_of_memory:
+        name = type(e).__name__
+        if isinstance(e, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(e):
+            # A NumPy array too large; PyTorch's error on a GPU; its message on a CPU.
+            reason = (str(e) or "none left").splitlines()[0]
+            message = f"out of memory ({reason}); try a smaller batch_size or --num"
+        elif name in ("InductorError", "BackendCompilerFailed"):  # torch.compile, later than try_compile
+            message = f"torch.compile has failed ({compiler_error(e)}); leave it out, or give --compile=False"
+        else:
             raise
-        reason = (str(e) or "none left").splitlines()[0]
-        message = f"out of memory ({reason}); try a smaller batch_size or --num"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def compiler_error(error: Exception) -> str:
+    """The line of a compiler's long output that says what is wrong."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    for line in lines:
+        if "error:" in line or ": cannot find" in line:
+            return line[:150]
+    return lines[0][:150]
 
 
 @contextlib.contextmanager
