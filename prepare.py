@@ -46,6 +46,7 @@ from common.files import (
     report_errors,
     resolve_folder,
     sync_folder,
+    usable_cores,
 )
 from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, template_tokens
 from stories.download import DATASETS, download
@@ -389,13 +390,6 @@ def in_order(workers: ProcessPoolExecutor, function, blocks, *arguments):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def usable_cores() -> int:
-    """The number of cores this process may use, which a container or taskset limits."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
 
 
 def stories_by_digest(block: Block, args: argparse.Namespace) -> dict[int, str]:

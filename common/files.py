@@ -1,4 +1,4 @@
-"""Files written whole, one writer to a folder, the user's errors, the tokenizer."""
+"""Files written whole, one writer to a folder, the user's errors, the cores, the tokenizer."""
 
 import argparse
 import contextlib
@@ -142,6 +142,19 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def usable_cores() -> int:
+    """The number of cores this process may use, which taskset and containers limit."""
+    if not hasattr(os, "sched_getaffinity"):
+        return min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
+    cores = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")  # of a container: CPU time and the period it is for, in µs
+    if limit.exists():
+        cpu_time, period = limit.read_text().split()
+        if cpu_time != "max":
+            cores = min(cores, max(1, int(cpu_time) // int(period)))
+    return cores
 
 
 def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:

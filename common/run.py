@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import choose_device, choose_dtype, find_checkpoints
-from common.files import UserError, atomic_write, locked
+from common.files import UserError, atomic_write, locked, usable_cores
 
 
 @contextlib.contextmanager
@@ -132,6 +132,7 @@ def configure_pytorch(deterministic: bool) -> None:
         problem = "PyTorch writes what it compiles there"
         advice = "choose another folder with TORCHINDUCTOR_CACHE_DIR"
         raise UserError(f"{e.filename}: {e.strerror}; {problem}; {advice}") from None
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more would wait for each other
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time
     keep_freed_memory()
 
