@@ -46,6 +46,7 @@ from common.files import (
     report_errors,
     resolve_folder,
     sync_folder,
+    usable_cores,
 )
 from stories.constraints import CONTROL_TOKENS, NAMES, TEMPLATE, template_tokens
 from stories.download import DATASETS, download
@@ -352,7 +353,8 @@ def worker_pool(number: int):
         pool = ProcessPoolExecutor(number, initializer=start_worker)
     except OSError as e:
         problem = f"worker processes cannot start ({e.strerror}); they need to write to /dev/shm"
-        raise UserError(f"{problem}: mount -o remount,rw /dev/shm makes it writable") from None
+        advice = "make it writable (mount -o remount,rw /dev/shm), and free space in it"
+        raise UserError(f"{problem}; {advice}") from None
     with pool:
         try:
             yield pool
@@ -388,13 +390,6 @@ def in_order(workers: ProcessPoolExecutor, function, blocks, *arguments):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def usable_cores() -> int:
-    """The number of cores this process may use, which a container or taskset limits."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
 
 
 def stories_by_digest(block: Block, args: argparse.Namespace) -> dict[int, str]:

@@ -6,12 +6,14 @@ optimizers, the step and the settings, so that training continues from it. `trai
 
 import math
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from common.files import UserError
+from common.files import UserError, compiler_error
 from model import GPT, ModelConfig
 
 
@@ -162,17 +164,26 @@ def try_compile(function, device: torch.device, mode: str | None = None):
     """
     if device.type == "mps":
         return function
+    choose_compiler()
     try:
         torch.compile(double)(torch.ones(8, device=device))
     except Exception as e:  # whatever the compiler raises
-        lines = str(e).splitlines() or [type(e).__name__]
-        errors = [line for line in lines if " error:" in line]
-        reason = (errors or lines)[0]
-        advice = "apt install g++ python3-dev, and a folder without spaces in its path, may help"
-        found = f"torch.compile does not work here ({reason:.150})"
-        print(f"{found}; continuing without it, which is slower; {advice}")
+        found = f"torch.compile does not work here ({compiler_error(e)})"
+        needed = "a C++ compiler (apt install g++ python3-dev), and paths without spaces"
+        advice = f"it needs {needed}; TORCHINDUCTOR_CACHE_DIR=FOLDER chooses where it writes"
+        print(f"{found}; continuing without it, which is slower; {advice}", file=sys.stderr)
         return function
     return torch.compile(function, mode=mode)
+
+
+def choose_compiler() -> None:
+    """Let PyTorch use CXX="ccache g++" or CXX="g++ -m64": it takes CXX for the name of one program."""
+    name = os.environ.get("CXX", "")
+    words = [word for word in name.split() if not word.startswith("-")]
+    if words and not shutil.which(name):
+        from torch._inductor import config  # takes as long to import as PyTorch, and is needed anyway
+
+        config.cpp.cxx = (None, words[-1])
 
 
 def double(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Files written whole, one writer to a folder, the user's errors, the tokenizer."""
+"""Files written whole, one writer to a folder, the user's errors, the cores, the tokenizer."""
 
 import argparse
 import contextlib
@@ -58,14 +58,26 @@ def report_errors(main) -> None:
     except KeyboardInterrupt:
         message = "interrupted"
     except (RuntimeError, MemoryError) as e:
-        # The first is PyTorch's error on a GPU, the second its message on a CPU.
-        out_of_memory = type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)
-        if isinstance(e, RuntimeError) and not out_of_memory:
+        name = type(e).__name__
+        if isinstance(e, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(e):
+            # A NumPy array too large; PyTorch's error on a GPU; its message on a CPU.
+            reason = (str(e) or "none left").splitlines()[0]
+            message = f"out of memory ({reason}); try a smaller batch_size or --num"
+        elif name in ("InductorError", "BackendCompilerFailed"):  # torch.compile, later than try_compile
+            message = f"torch.compile has failed ({compiler_error(e)}); leave it out, or give --compile=False"
+        else:
             raise
-        reason = (str(e) or "none left").splitlines()[0]
-        message = f"out of memory ({reason}); try a smaller batch_size or --num"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def compiler_error(error: Exception) -> str:
+    """The line of a compiler's long output that says what is wrong."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    for line in lines:
+        if "error:" in line or ": cannot find" in line:
+            return line[:150]
+    return lines[0][:150]
 
 
 @contextlib.contextmanager
@@ -130,6 +142,19 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def usable_cores() -> int:
+    """The number of cores this process may use, which taskset and containers limit."""
+    if not hasattr(os, "sched_getaffinity"):
+        return min(os.cpu_count() or 1, 61)  # Windows allows 61 worker processes
+    cores = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")  # of a container: CPU time and the period it is for, in µs
+    if limit.exists():
+        cpu_time, period = limit.read_text().split()
+        if cpu_time != "max":
+            cores = min(cores, max(1, int(cpu_time) // int(period)))
+    return cores
 
 
 def load_tokenizer(model: bytes, name: str | Path) -> sentencepiece.SentencePieceProcessor:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import choose_device, choose_dtype, find_checkpoints
-from common.files import UserError, atomic_write, locked
+from common.files import UserError, atomic_write, locked, usable_cores
 
 # The commands at the top of the configs, by the folder they make
 PREPARE_COMMANDS = {
@@ -39,9 +39,7 @@ def training(s):
     Raises UserError if out_dir is in use, or holds a run and s.resume is False.
     """
     configure_pytorch(s.deterministic)
-    if started_by_torchrun():
-        uses_cuda = choose_device(s.device).type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if uses_cuda else "gloo")
+    join_processes(s.device)
     torch.manual_seed(s.seed)
     out_dir = Path(s.out_dir)
     lock = locked(out_dir / "lock", out_dir) if rank() == 0 else contextlib.nullcontext()
@@ -59,22 +57,30 @@ def training(s):
 # ---- Processes -------------------------------------------------------------------------------------
 
 
-def started_by_torchrun() -> bool:
-    """Whether torchrun has set its variables. Raises UserError if only some of them are set."""
-    numbers = ("RANK", "WORLD_SIZE", "MASTER_PORT")
-    missing = [name for name in (*numbers, "MASTER_ADDR") if name not in os.environ]
-    if "RANK" in missing and "WORLD_SIZE" in missing:
-        return False
-    present = "WORLD_SIZE" if "RANK" in missing else "RANK"
-    if missing:
-        found = f"{present} is set, but {missing[0]} is not"
-        raise UserError(f"environment: {found}; start with torchrun, or unset {present}")
-    for name in numbers:
-        value = os.environ[name]
-        if not value.isdecimal():
-            found = f"{name} = {value!r} is not a number"
-            raise UserError(f"environment: {found}; start with torchrun, or unset {name}")
-    return True
+def join_processes(device: str) -> None:
+    """Join the other processes that torchrun has started, if it has. Raises UserError."""
+    given = [name for name in ("RANK", "WORLD_SIZE") if os.environ.get(name)]
+    if not given:
+        return
+    advice = f"start with torchrun, or unset {' '.join(given)}"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name)
+        if not value:
+            raise UserError(f"environment: {given[0]} is set, but {name} is not; {advice}")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise UserError(f"environment: {name} = {value!r} is not a number; {advice}")
+    variables = f"RANK = {os.environ['RANK']}, WORLD_SIZE = {os.environ['WORLD_SIZE']}"
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise UserError(f"environment: {variables}: ranks count from 0; {advice}")
+    backend = "gloo"
+    if choose_device(device).type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, RuntimeError) as e:
+        where = f"MASTER_ADDR = {os.environ['MASTER_ADDR']}, MASTER_PORT = {os.environ['MASTER_PORT']}"
+        reason = str(e).splitlines()[0]
+        raise UserError(f"environment: {variables}, {where}: {reason}; {advice}") from None
 
 
 def rank() -> int:
@@ -134,7 +140,13 @@ def configure_pytorch(deterministic: bool) -> None:
     """Choose deterministic algorithms, and keep freed memory."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    try:
+        torch.use_deterministic_algorithms(deterministic)
+    except OSError as e:
+        problem = "PyTorch writes what it compiles there"
+        advice = "choose another folder with TORCHINDUCTOR_CACHE_DIR"
+        raise UserError(f"{e.filename}: {e.strerror}; {problem}; {advice}") from None
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # more would wait for each other
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time
     keep_freed_memory()
 

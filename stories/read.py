@@ -195,7 +195,8 @@ def read_blocks(files: list[Path], title: str, name_unread: bool = True) -> Iter
                         f"{path}: reading it needs a package; try: pip install {package}"
                     ) from None
                 except Exception as e:
-                    if not isinstance(e, DAMAGE) and type(e).__name__ not in DAMAGE_BY_NAME:
+                    unnamed = isinstance(e, OSError) and not e.filename  # of pyarrow, or of a broken disk
+                    if not unnamed and not isinstance(e, DAMAGE) and type(e).__name__ not in DAMAGE_BY_NAME:
                         raise
                     reason = str(e).partition("\n")[0]
                     raise UserError(f"{path}: damaged or cut off ({reason}); fetch it again") from None
@@ -373,7 +374,8 @@ def records_of(block: Block) -> Iterator[tuple[str, object]]:
         try:
             record = json.loads(row, object_pairs_hook=object_of)
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: malformed JSON ({e})") from None
+            advice = "a .jsonl file has one object a line, and no commas between"
+            raise UserError(f"{where}: malformed JSON ({e}); {advice}") from None
         yield where, record
 
 
@@ -493,8 +495,15 @@ def read_parquet(stream, name: str):
     import pyarrow.parquet
 
     check_content(stream.read(64), ".parquet", name)
+    file = pyarrow.parquet.ParquetFile(stream)
+    columns = []
+    for column in file.schema_arrow:
+        if column.name in columns:
+            raise UserError(f"{name}: two columns have one name: {column.name}")
+        if not pyarrow.types.is_temporal(column.type):  # a date may be none that Python has
+            columns.append(column.name)
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1000):
-        for record in batch.to_pylist():
+    for batch in file.iter_batches(1000):
+        for record in batch.select(columns).to_pylist():
             number += 1
             yield f"{name}, row {number}", record

@@ -249,6 +249,29 @@ def test_damaged_packages(base, tmp_path, name, how):
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_pages_of_parquet(tmp_path):
+    """The footer is whole, the stories are not."""
+    data = as_parquet(STORIES)
+    middle = len(data) // 3
+    file = write(tmp_path / "a.parquet", data[:40] + bytes(middle) + data[40 + middle :])
+    done = script_here(prepare.main, "prepare.py", file, "--out_dir", tmp_path / "out")
+    assert_one_line_error(done, file, "damaged")
+
+
+def test_columns_of_parquet(base, tmp_path):
+    """A date that Python does not have is no obstacle; two columns of one name are."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    dates = pyarrow.array([2**50] * len(STORIES), pyarrow.timestamp("ms"))
+    parquet.write_table(pyarrow.table({"date": dates, "story_zh": list(STORIES)}), tmp_path / "a.parquet")
+    make(tmp_path / "out", tmp_path / "a.parquet", tokenizer=base / "tokenizer.model")
+    assert_holds(tmp_path / "out", STORIES)
+    twice = pyarrow.table([STORIES, STORIES], names=["story_zh", "story_zh"])
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    done = script_here(prepare.main, "prepare.py", tmp_path / "b.parquet", "--out_dir", tmp_path / "no")
+    assert_one_line_error(done, tmp_path / "b.parquet", "two columns have one name", "story_zh")
+
+
 def test_a_missing_package_is_named(tmp_path):
     """Without pyarrow and zstandard their files are refused by name, not skipped; also beside others."""
     write(tmp_path / "in" / "ok.jsonl", jsonl(STORIES))
@@ -1261,14 +1284,6 @@ def test_worker_processes_without_shared_memory(mounting, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity"), reason="this system does not limit a process to some cores"
-)
-def test_as_many_workers_as_cores_may_be_used():
-    code = "import os, prepare; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(prepare.usable_cores())"
-    assert run_script("-c", code).stdout.strip() == "1"
-
-
 # ---------------------------------------------------------------------------------------------------
 # Bad input: one line that names file and line, exit status 2, nothing written
 
@@ -1338,6 +1353,7 @@ BAD_FILES = {
     "endless.jsonl": (b"a" * (3 * stories.read.LONGEST // 2), [":1:"]),
     "story.docx": (b"PK", [".jsonl"]),
     "one_story.jsonl": (LINES[0], []),
+    "indented.jsonl": (json.dumps({"story_zh": "a"}, indent=2).encode(), [":1:", "one object a line"]),
 }  # fmt: skip
 
 
