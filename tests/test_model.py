@@ -426,3 +426,19 @@ def test_bfloat16_is_near():
     near = model(tokens, positions=torch.arange(20).expand(2, 20), cache=cache)
     assert near.dtype == torch.bfloat16
     assert (near - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_frozen_embedding_costs_no_gradient():
+    """With LoRA it is frozen: the loss computes the gradient of the hidden states alone, and that stays right."""
+    model = small()
+    tokens = torch.randint(1, model.config.vocab_size, (2, 9))
+    targets = torch.randint(1, model.config.vocab_size, (2, 9))
+    model.loss(tokens, targets).backward()
+    expected = model.norm.weight.grad.clone()
+    model.zero_grad()
+    model.embedding.requires_grad_(False)
+    loss = model.loss(tokens, targets)
+    _, grad_weight = loss.grad_fn.saved_tensors
+    assert grad_weight is None
+    loss.backward()
+    torch.testing.assert_close(model.norm.weight.grad, expected)

@@ -676,3 +676,14 @@ def test_output_is_utf8_text(ckpt):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
     assert done.stdout.decode().endswith("\n") and not done.stderr
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_token_costs_one_forward_pass(n, loaded):
+    model, tokenizer = loaded
+    calls = []
+    hook = model.register_forward_pre_hook(lambda *args: calls.append(1))
+    prompt = [tokenizer.eos_id(), *tokenizer.encode("从前")]
+    tokens = list(sample.generate(model, [prompt], n, end_token=-1))
+    hook.remove()
+    assert len(tokens) == len(calls) == n

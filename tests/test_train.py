@@ -533,6 +533,33 @@ def test_what_a_run_leaves(whole):
     assert read_checkpoint(whole.out)["step"] == 12
 
 
+def test_an_unfinished_checkpoint_is_removed(tiny_data, tmp_path):
+    """What a killed process has left beside its checkpoints goes with the next save."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ckpt_000003.pt.tmp").write_bytes(b"half")
+    assert run_here(*arguments(tiny_data, out)).returncode == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "ckpt_000008.pt",
+        "ckpt_000012.pt",
+        "lock",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_run_that_begins_again_begins_its_log_again(tiny_data, tmp_path):
+    """One that ended before its first checkpoint: nothing of its log remains, and ln V comes first, once."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text(
+        '{"step": 0, "tokens": 0, "val_loss": 9.0}\n{"step": 2, "loss": 1.0}\n'
+    )
+    assert run_here(*arguments(tiny_data, out)).returncode == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10, 12]
+    assert lines[0]["val_loss"] == pytest.approx(math.log(config_of(tiny_data).vocab_size), rel=0.02)
+
+
 def test_metrics_of_a_run(whole):
     lines = metrics_of(whole.out)
     assert [x["step"] for x in lines] == [2, 4, 6, 8, 10, 12]
