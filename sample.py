@@ -234,10 +234,10 @@ def main() -> None:
     template = checkpoint.get("template", "")
     if args.instruction and not template:
         raise UserError(f"{args.ckpt}: has not learned to follow instructions; give a checkpoint of sft.py")
-    if template and not args.interactive and not args.instruction and not args.prompt:
-        args.instruction = example_instruction(tokenizer, checkpoint, args.ckpt)
 
     def respond(instruction: str, beginning: str) -> None:
+        if template and not instruction and not beginning:
+            instruction = example_instruction(tokenizer, checkpoint, args.ckpt)
         prompt = encode_prompt(tokenizer, template, instruction, beginning)
         if args.best_of > 1:
             constraints = read_constraints(instruction)
