@@ -723,7 +723,7 @@ def greedy(path, instruction, beginning, limit):
 
 
 @pytest.mark.parametrize(
-    "keys", [c for n in range(5) for c in itertools.combinations(ASKED, n)], ids="-".join
+    "keys", [c for n in range(1, 5) for c in itertools.combinations(ASKED, n)], ids="-".join
 )
 def test_any_subset_of_constraints(keys, tuned):
     """What is asked, in the template's tokens: the story is that of the slow reference."""
