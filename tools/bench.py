@@ -11,6 +11,7 @@ all of them, and the median of each counts. A baseline that is not installed, or
 import functools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -101,6 +102,9 @@ def benchmark(implementations: dict[str, Callable], rounds: int) -> tuple[dict[s
     implementations: for each name a function that prepares it and returns the function to be timed.
     Returns for each name its seconds, the median of the rounds, and its peak memory in bytes.
     """
+    # All processes keep freed memory, as a training does (common/run.py): glibc reads this when they start.
+    os.environ["MALLOC_MMAP_MAX_"] = "0"
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = "-1"
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name, prepare in tqdm(implementations.items(), desc="preparing", leave=False, disable=None):
