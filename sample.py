@@ -107,8 +107,7 @@ def prefill(model: GPT, prompts: list[list[int]], cache_size: int) -> tuple:
         after two steps      a b c 1 2 . .    last 4
                              d e f g h 1 2    last 6
 
-    A token attends only to positions up to its own. New tokens overwrite the padding before any token sees
-    it.
+    A token attends only to positions up to its own. New tokens overwrite padding before any token sees it.
     """
     device = model.embedding.weight.device
     longest = max(len(prompt) for prompt in prompts)
@@ -189,8 +188,7 @@ def sample_stories(
 ) -> list[tuple[str, bool]]:
     """A story for each prompt, with the beginning that the prompt gives, and whether it has reached its end.
 
-    All are one batch. The first story is passed to `write` piece by piece as it is generated. Raises
-    UserError.
+    All are one batch. The first story is passed to `write` in pieces as it is generated. Raises UserError.
     """
     for prompt in prompts:
         if len(prompt) >= model.config.block_size:
@@ -365,19 +363,13 @@ def parse_arguments() -> argparse.Namespace:
         if key in ("words", "features"):
             how += ", separated by , ， 、 ; or ； (not by spaces)"
         parser.add_argument(f"--{key}", default="", help=how)
-    parser.add_argument(
-        "--instruction", default="", help="an instruction in your own words, instead of these"
-    )
+    parser.add_argument("--instruction", default="", help="one in your own words, instead of these")
     parser.add_argument("--num", type=int, help="stories to sample (default: 3; with --best_of 1)")
-    parser.add_argument(
-        "--best_of", type=int, default=1, metavar="N", help="sample N for each story, show the best"
-    )
+    parser.add_argument("--best_of", type=int, default=1, metavar="N", help="sample N, show the best")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     add_sampling_options(parser)
     add_device_options(parser)
-    parser.add_argument(
-        "--interactive", action="store_true", help="ask again and again; Enter skips, Ctrl-D ends"
-    )
+    parser.add_argument("--interactive", action="store_true", help="ask for more; Enter skips, Ctrl-D ends")
     args = parser.parse_args()
     if args.num is None:
         args.num = 3 if args.best_of == 1 else 1
@@ -387,9 +379,7 @@ def parse_arguments() -> argparse.Namespace:
     if not args.instruction:
         args.instruction = write_constraints({name: getattr(args, key) for name, key in NAMES.items()})
     if args.interactive and (args.instruction or args.prompt or args.prompt_file):
-        raise UserError(
-            "--interactive asks for the prompt and for what a story must have; leave those options out"
-        )
+        raise UserError("--interactive asks for prompt and instruction; leave those options out")
     if args.prompt_file:
         try:
             args.prompt = args.prompt_file.read_text(encoding="utf-8-sig").rstrip("\n")

@@ -30,8 +30,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict:
     """Load a checkpoint onto the CPU; only tensors and plain values are accepted, never code.
 
-    `path` is a file, or a folder for its newest one. Raises UserError. Damage is left to `python -m
-    tools.check`.
+    `path` is a file, or a folder for its newest one. Raises UserError. tools/check.py looks for damage.
     """
     if path.is_dir():
         checkpoints = find_checkpoints(path)

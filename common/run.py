@@ -1,6 +1,6 @@
 """What keeps a training run in order: processes of torchrun, the lock, signals, logs, checks.
 
-train.py, sft.py and tools/dpo.py use it. Who wants to know what is learned may skip it.
+train.py, sft.py and tools/dpo.py use it. A reader who wants to know what is learned may skip this file.
 """
 
 import contextlib
@@ -120,8 +120,7 @@ def agree_on_end(stop_requested: bool, seconds: float) -> tuple[bool, float]:
 def agree_on_dtype(name: str, device: torch.device, saved: dict) -> str:
     """The type of the matrix products: that of the first process, for all. "auto" is the fastest.
 
-    On a CPU "auto" is measured, and differs from time to time: a run that continues from `saved` keeps its
-    type.
+    On a CPU "auto" is measured, and differs from time to time. A run that continues from `saved` keeps it.
     """
     saved_name = saved.get("settings", {}).get("dtype")
     if name == "auto" and device.type == "cpu" and saved_name in ("float32", "bfloat16"):
@@ -232,10 +231,9 @@ def check_data(s, train_data, val_data) -> None:
     """Raise a UserError if settings, data and processes do not fit."""
     n = s.gradient_accumulation_steps
     if n % world_size():
-        advice = f"set it to {world_size()}, and lower batch_size to keep the size of a step"
-        raise UserError(
-            f"gradient_accumulation_steps = {n}: not a multiple of {world_size()} processes; {advice}"
-        )
+        problem = f"not a multiple of {world_size()} processes"
+        remedy = f"set it to {world_size()}, and lower batch_size to keep the size of a step"
+        raise UserError(f"gradient_accumulation_steps = {n}: {problem}; {remedy}")
     for data, advice in ((train_data, "add stories"), (val_data, "prepare with a larger --val_fraction")):
         if len(data) == 0:
             missing = f"holds no sequence of {s.block_size} tokens and one more"

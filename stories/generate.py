@@ -155,9 +155,7 @@ def draw_animal(rng: random.Random, animal: dict, names: dict) -> dict:
 def expand(
     rng: random.Random, variants: list[Variant], values: dict, facts: set, features: set, skew: float
 ) -> str:
-    """The text of one of the variants that fit the facts; "" if none does. `features` gets those of the
-    variant.
-    """
+    """The text of a variant that fits the facts, or "". The variant's features are added to `features`."""
     fitting = [variant for variant in variants if fits(variant, facts)]
     if not fitting:
         return ""

@@ -38,9 +38,7 @@ def story_of(record, where: str, text_key: str) -> str:
 
 
 def text_of(record: dict, key: str, where: str) -> str:
-    """The text at a key. Null, NaN (pandas' null), what nobody sees, and a missing key are "". Raises
-    UserError.
-    """
+    """The text at a key. Null, NaN (pandas' null), blanks, and a missing key are "". Raises UserError."""
     value = record.get(key)
     if value is None or value != value:
         return ""
@@ -208,8 +206,7 @@ def prompt_turns(record: dict, key: str, where: str) -> list[tuple[str, str]]:
 
 
 def turns_of(record: dict, key: str, role: str, where: str) -> list[tuple[str, str]]:
-    """(role, text) of what stands at a key: of a text, which is one turn of `role`, of a turn or of a
-    conversation.
+    """(role, text) of each turn at a key, where a text (one turn of `role`), a turn or a conversation stands.
 
     Turns have role and content, or from and value. Raises UserError, and LeftOut for a system prompt.
     """

@@ -211,18 +211,25 @@ def test_best_of_keeps_the_beginning(tuned):
 
 def test_best_of_ranks_by_the_words_asked_for(tuned):
     """The beginning of the story is no part of the instruction, though both are tokens of one prompt."""
-    asked = {"词汇": "森林，小鸟"}
-    args = ("--words", "森林,小鸟", "--prompt", "从前", "--best_of", 12, "--seed", 3, "--dtype", "float32")
-    done = sample_here("--ckpt", tuned, *args)
     saved = read_checkpoint(tuned)
     model, tokenizer = build_model(saved, tuned).eval(), load_tokenizer(saved["tokenizer"], tuned)
-    prompt = encode_prompt(tokenizer, saved["template"], write_constraints(asked), "从前")
-    scored = []
-    for story, finished in sample_stories(model, tokenizer, [prompt] * 12, seed=3, max_new_tokens=300):
-        scored.append(reward(score(asked, story) | {"finished": float(finished)}))
-    told = score(asked, done.stdout.removesuffix("\n"))
-    assert max(scored) > min(scored) and "words" in told
-    assert reward(told | {"finished": 1.0}) == max(scored) or reward(told | {"finished": 0.0}) == max(scored)
+    n_told_apart = 0
+    for word in "小我说是大看来":
+        prompt = encode_prompt(tokenizer, saved["template"], f"词汇：{word}", "从前")
+        candidates = sample_stories(model, tokenizer, [prompt] * 12, seed=3, max_new_tokens=60)
+
+        def best(words, candidates=candidates):
+            def worth(candidate):
+                story, finished = candidate
+                return reward(score({"词汇": words}, story) | {"finished": float(finished)})
+
+            return max(candidates, key=worth)[0]
+
+        args = ("--words", word, "--prompt", "从前", "--best_of", 12, "--seed", 3, "--max_new_tokens", 60)
+        done = sample_here("--ckpt", tuned, *args, "--dtype", "float32")
+        assert done.stdout == best(word) + "\n"
+        n_told_apart += best(word) != best(f"{word}从前")  # what both together decode to
+    assert n_told_apart > 0
 
 
 @pytest.mark.parametrize(

@@ -239,10 +239,8 @@ def choose_pair(samples: list[tuple], of_corpus: tuple, reference_chosen: bool) 
 def pair_of(record, where: str) -> tuple[str, tuple[str, bool], tuple[str, bool]]:
     """(prompt, (chosen, whether it ended), (rejected, whether it ended)) of a record.
 
-    Raises UserError and LeftOut.
-
     The prompt and both responses are texts or conversations, as TRL, minimind, UltraFeedback and
-    LLaMA-Factory write them.
+    LLaMA-Factory write them. Raises UserError and LeftOut.
     """
     if isinstance(record, LeftOut):
         raise record
@@ -325,9 +323,7 @@ class PreferenceDataset(ShuffledDataset):
         self.pairs = pairs
         self.block_size = block_size
         self.end_token = end_token
-        self.reference_log_p = np.zeros(
-            (len(pairs), 2), dtype=np.float32
-        )  # the reference's log-probabilities
+        self.reference_log_p = np.zeros((len(pairs), 2), dtype=np.float32)  # see compute_reference
 
     def loss_denominator(self, batch: dict) -> float:
         """The number of pairs: the loss is a mean over pairs, not over tokens."""
