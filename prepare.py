@@ -29,8 +29,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +55,7 @@ from stories.records import clean_texts, examples_of, story_of, text_digest
 SAMPLE = 8_000_000  # characters to train the tokenizer on, at most
 MADE = {"train.bin", "val.bin", "tokenizer.model", "meta.json"}
 DIGESTS = 2**64  # text_digest is below this
+WORKER_ENDED = "a worker process ended abruptly; the system's log (dmesg) may say why"
 # What frames texts for other models. In a story it stays text, and is probably a mistake of the data.
 CONTROL_LIKE = re.compile(
     r"[<\[]("  # one set of first characters is found fast
@@ -145,15 +144,16 @@ def make_tokenizer(files: list[Path], args: argparse.Namespace) -> bytes:
     """The file given with --tokenizer, or a new tokenizer trained on the stories. Raises UserError."""
     if args.tokenizer:
         return args.tokenizer.read_bytes()
-    with worker_pool(args.workers) as workers:
+    with worker_processes(args.workers) as workers:
         texts = sample_stories(workers, files, args)
         characters = sum(len(text) for text in texts)
         print(f"training a tokenizer on {characters:,} characters", flush=True)
         # In a worker process, whose memory is free again when it ends.
-        return workers.submit(train_tokenizer, texts, args.vocab_size).result()
+        send_call(workers[0], train_tokenizer, texts, args.vocab_size)
+        return receive_result(workers[0])
 
 
-def sample_stories(workers: ProcessPoolExecutor, files: list[Path], args: argparse.Namespace) -> list[str]:
+def sample_stories(workers: list, files: list[Path], args: argparse.Namespace) -> list[str]:
     """About SAMPLE characters of training stories, a fair sample of all files whatever their order and size.
 
     The sample is the stories whose digest is at least a limit, at first all that are not held out. Whenever
@@ -243,7 +243,7 @@ def write_bins(
     examples: dict[str, str] = {}  # the first example of each remark
     total = 0
     with (
-        worker_pool(args.workers) as workers,
+        worker_processes(args.workers) as workers,
         atomic_write(folder / "train.bin") as train_file,
         atomic_write(folder / "val.bin") as val_file,
     ):
@@ -347,26 +347,39 @@ def decode_with_control_tokens(tokenizer, tokens: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def worker_pool(number: int):
-    """A pool of processes. Raises UserError if it cannot be made, or if a process ends abruptly."""
+def worker_processes(number: int):
+    """Start processes that call the functions they are sent. Yields the pipe to each.
+
+    No two share a pipe: if one is killed, its pipe ends, and none of the others waits for it.
+    """
+    processes = []
+    pipes = []
     try:
-        pool = ProcessPoolExecutor(number, initializer=start_worker)
-    except OSError as e:
-        problem = f"worker processes cannot start ({e.strerror}); they need to write to /dev/shm"
-        advice = "make it writable (mount -o remount,rw /dev/shm), and free space in it"
-        raise UserError(f"{problem}; {advice}") from None
-    with pool:
-        try:
-            yield pool
-        except BrokenProcessPool:
-            message = "a worker process ended abruptly; the system's log (dmesg) may say why"
-            raise UserError(message) from None
+        for _ in range(number):
+            pipe, end_of_worker = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=work, args=(end_of_worker,))
+            process.start()
+            end_of_worker.close()  # from here on only the worker has it
+            processes.append(process)
+            pipes.append(pipe)
+        yield pipes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def start_worker() -> None:
-    """Initialise a worker process: it ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def work(pipe) -> None:
+    """In a worker process: call each function that is sent, and send back what it returns or raises."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            result = function(*arguments)
+        except (UserError, MemoryError) as e:
+            result = e
+        pipe.send(result)
 
 
 def exit_with_parent() -> None:
@@ -377,19 +390,45 @@ def exit_with_parent() -> None:
     os._exit(1)
 
 
-def in_order(workers: ProcessPoolExecutor, function, blocks, *arguments):
-    """The results of function(block, *arguments) for each block, in order.
+def send_call(pipe, function, *arguments) -> None:
+    """Let the worker at the other end call function(*arguments). Raises UserError."""
+    try:
+        pipe.send((function, arguments))
+    except OSError:
+        raise UserError(WORKER_ENDED) from None
 
-    Only a few blocks are read ahead, so that memory does not grow with the input.
+
+def receive_result(pipe):
+    """What the function that was sent last returns; raises what it raises, or a UserError."""
+    try:
+        result = pipe.recv()
+    except (EOFError, OSError):
+        raise UserError(WORKER_ENDED) from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def in_order(workers: list, function, blocks, *arguments):
+    """The results of function(block, *arguments) for each block, in order: the workers take turns.
+
+    A worker has one block at a time, so that memory does not grow with the input.
     """
-    waiting: deque = deque()
-    most = 2 * usable_cores()
+    idle = deque(workers)
+    busy: deque = deque()
     for block in blocks:
-        waiting.append(workers.submit(function, block, *arguments))
-        if len(waiting) > most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        if idle:
+            worker = idle.popleft()
+            send_call(worker, function, block, *arguments)
+            busy.append(worker)
+        else:
+            worker = busy.popleft()
+            result = receive_result(worker)
+            send_call(worker, function, block, *arguments)
+            busy.append(worker)
+            yield result
+    while busy:
+        yield receive_result(busy.popleft())
 
 
 def stories_by_digest(block: Block, args: argparse.Namespace) -> dict[int, str]:
