@@ -685,7 +685,7 @@ def part_hostile(ground, short):
 
 
 def overflow_where(condition):
-    """Patch the loss of training: its value stays, but where condition(step) its gradients are NaN."""
+    """Patch the loss of training: its value stays, but where condition(step) a gradient is NaN."""
     original = train.next_token_loss
     step = 0
 
@@ -695,7 +695,8 @@ def overflow_where(condition):
         if torch.is_grad_enabled():
             step += 1
             if condition(step):
-                value = value + (value - value).sqrt()
+                weight = model.norm.weight
+                value = value + (weight - weight).sqrt().sum()
         return {"loss": value}
 
     return mock.patch.object(train, "next_token_loss", loss)
@@ -727,12 +728,17 @@ def part_numbers(ground, short):
     assert read_checkpoint(twice)["scaler"]["scale"] == 65536 / 4
     skipped = [line["step"] for line in metrics_of(twice) if line.get("grad_norm", 0) is None]
     assert skipped == [10]  # 31 is not logged
+    all_skipped = ground.new("all_skipped")
+    with overflow_where(lambda step: True):
+        run_here(train, *ground.pretraining(all_skipped, dtype="float16", max_iters=3, save_interval=1))
+    last, before = [read_checkpoint(path)["model"] for path in find_checkpoints(all_skipped)]
+    same(last, before)  # no optimizer has moved a weight
     always = ground.new("always")
     with overflow_where(lambda step: step > 30):
         assert_refused(train, ground.pretraining(always, dtype="float16"), "step ", "learning_rate")
     assert_finite(always)
     assert find_checkpoints(always)[0].name == "ckpt_000045.pt"  # 65536 halved 15 times is still above 1
-    rows.append(("float16: gradients that overflow twice, and always", 2, "two steps skipped; stopped"))
+    rows.append(("float16: gradients that overflow twice, and always", 3, "two steps skipped; stopped"))
     return rows
 
 
