@@ -1,39 +1,30 @@
-"""docs/journey.md and journey.zh.md: their commands run, in order, and the functions and files they name are
-there.
-"""
+"""docs/journey.md and journey.zh.md: they say the same, what they name is there, their commands run."""
 
 import ast
 import contextlib
 import importlib
-import importlib.util
 import io
 import re
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
-import threading
-import urllib.request
 
 import pytest
-from conftest import ROOT, TINY, script_here
+from helpers import ROOT, TINY, run_here
 
-TEXTS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("journey.md", "journey.zh.md")}
-NEEDS = {
-    "tools.plot": ["matplotlib"],
-    "tools.export": ["safetensors"],
-    "transformers": ["transformers", "safetensors"],
-}
+from common.checkpoint import read_checkpoint
+
+ENGLISH = (ROOT / "docs" / "journey.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "docs" / "journey.zh.md").read_text(encoding="utf-8")
+both_texts = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 
 
 def blocks(text, kind):
-    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```$", text)
 
 
-def prose(text):
-    """What stands outside the blocks."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+def outside_blocks(text):
+    return re.sub(r"(?ms)^```.*?^```$", "", text)
 
 
 def chapters(text):
@@ -45,57 +36,51 @@ def names_in(text):
     return re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
 
 
-COMMANDS = blocks(TEXTS["journey.md"], "bash")
-
-
 # ---- The two texts ---------------------------------------------------------------------------------
 
 
+def same_in_all_languages(chapter):
+    figures = re.findall(r"figures/[\w.]+", chapter)
+    return blocks(chapter, "bash"), blocks(chapter, "text"), names_in(chapter), figures
+
+
 def test_both_languages_have_the_same():
-    english, chinese = map(chapters, TEXTS.values())
-    assert len(english) == len(chinese) == 8
-    for ours, theirs in zip(english, chinese, strict=True):
-        for kind in ("bash", "text"):
-            assert blocks(ours, kind) == blocks(theirs, kind)
-        assert names_in(ours) == names_in(theirs)
-        assert re.findall(r"figures/[\w.]+", ours) == re.findall(r"figures/[\w.]+", theirs)
+    english = [same_in_all_languages(chapter) for chapter in chapters(ENGLISH)]
+    chinese = [same_in_all_languages(chapter) for chapter in chapters(CHINESE)]
+    assert len(english) == 8
+    assert english == chinese
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_every_chapter_has_its_parts(name):
-    for number, text in enumerate(chapters(TEXTS[name]), 1):
-        title = text.split("\n", 1)[0]
-        assert title.startswith(f"{number}. ") and title[-1] in "?？"
-        first = prose(text).split("\n\n")[1]
-        assert first.startswith(("**Open** `", "**打开** `")) and names_in(first)
-        assert blocks(text, "bash")
-        assert len(
-            re.findall(r"^```bash\n[^`]*^```\n\n```text\n[^`]+^```$", text, re.MULTILINE)
-        ) == text.count("```bash")
-        tasks = re.split(r"^\*\*(?:Exercises|练习)\*\*$", text, flags=re.MULTILINE)[1]
-        items = re.split(r"^\d\. ", tasks, flags=re.MULTILINE)[1:]
-        assert len(items) == 2
-        assert all(len(re.findall(r"\*(?:Hint|提示)\*[:：]", item)) == 1 for item in items)
+@both_texts
+def test_every_chapter_has_its_parts(text):
+    for number, chapter in enumerate(chapters(text), 1):
+        assert chapter.startswith(f"{number}. ")
+        first_paragraph = chapter.split("\n\n")[1]
+        assert first_paragraph.startswith(("**Open** `", "**打开** `")) and names_in(first_paragraph)
+        with_output = re.findall(r"^```bash\n[^`]*^```\n\n```text\n[^`]+^```$", chapter, re.MULTILINE)
+        assert len(with_output) == chapter.count("```bash") > 0
+        exercises = re.split(r"^\*\*(?:Exercises|练习)\*\*$", chapter, flags=re.MULTILINE)[1]
+        assert len(re.findall(r"^\d\. ", exercises, re.MULTILINE)) == 2
+        assert len(re.findall(r"\*(?:Hint|提示)\*[:：]", exercises)) == 2
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_what_it_names_is_there(name):
-    found = names_in(TEXTS[name])
-    assert len(found) > 20
-    for file, dotted in found:
+@both_texts
+def test_what_it_names_is_there(text):
+    for file, dotted in names_in(text):
         node = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         for part in dotted.split("."):
-            inside = {n.name: n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+            inside = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
             assert part in inside, f"{file}: {dotted}"
             node = inside[part]
-    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
+    for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (ROOT / "docs" / link.partition("#")[0]).exists(), link
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_all_commands_stand_in_blocks_and_all_code_in_the_scripts(text):
-    assert not re.findall(r"`(?:python|torchrun) [^`]*`", prose(text))  # each would go without a test
-    assert not re.findall(r"^(?:    |\t)\S", prose(text), re.MULTILINE)  # another kind of block
+@both_texts
+def test_commands_stand_in_blocks_and_code_in_the_scripts(text):
+    prose = outside_blocks(text)
+    assert not re.findall(r"`(?:python|torchrun) [^`]*`", prose)  # each would go without a test
+    assert not re.findall(r"^(?:    |\t)\S", prose, re.MULTILINE)  # another kind of block
     assert not re.findall(r"^```(?!bash$|text$|$)", text, re.MULTILINE)
     assert not re.findall(r"^\s*(?:def|class) ", text, re.MULTILINE)
 
@@ -103,69 +88,46 @@ def test_all_commands_stand_in_blocks_and_all_code_in_the_scripts(text):
 # ---- The commands ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo(tiny_data, tiny_sft, pretrained, tuned, tmp_path_factory):
-    """The project after runs/demo.sh, but with a tiny model on few stories."""
-    folder = tmp_path_factory.mktemp("journey") / "project"
-    for part in ("common", "config", "stories", "tools"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    made = {
-        "data/demo": tiny_data,
-        "data/demo_sft": tiny_sft,
-        "out/demo": pretrained.parent,
-        "out/demo_sft": tuned,
-    }
-    for name, there in made.items():
-        shutil.copytree(there, folder / name)
-    shutil.copy(tiny_data.parent / "stories.jsonl", folder / "data")
-    config, tiny = folder / "config" / "demo.py", TINY | {"block_size": 256}
-    others = [x for x in config.read_text(encoding="utf-8").splitlines() if x.split(" = ")[0] not in tiny]
-    config.write_text(
-        "\n".join([*others, *(f"{key} = {value!r}" for key, value in tiny.items())]), encoding="utf-8"
-    )
-    return folder
+@pytest.fixture
+def demo(tiny_data, tiny_sft, pretrained, tuned, tmp_path, monkeypatch):
+    """The folder that runs/demo.sh leaves, but with a tiny model on few stories."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    settings = TINY | {"block_size": 256}
+    lines = [f"{key} = {value!r}\n" for key, value in settings.items()]
+    (tmp_path / "config" / "demo.py").write_text("".join(lines))
+    shutil.copytree(tiny_data, tmp_path / "data" / "demo")
+    shutil.copytree(tiny_sft, tmp_path / "data" / "demo_sft")
+    shutil.copytree(pretrained.parent, tmp_path / "out" / "demo")
+    shutil.copytree(tuned, tmp_path / "out" / "demo_sft")
+    shutil.copy(tiny_data.parent / "stories.jsonl", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
 
 
-def run_here(command, folder):
-    """What the command printed. Python's commands run in this process, which spares the seconds it takes to
-    start.
-    """
+def output_of(command):
+    """What a command prints. Python's run in this process, which spares the seconds it takes to start."""
     assert not set("$`\\!") & set(command)  # which a shell would read otherwise than shlex does
     words = shlex.split(command)
-    if words[:2] == ["python", "-c"] and len(words) == 3:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(words[2], command, "exec"), {"__name__": "__main__"})
+    if words[0] != "python":
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    if words[1] == "-c":
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(words[2], {})
         return out.getvalue()
-    if words[0] == "python":
-        script, *args = words[2:] if words[1] == "-m" else words[1:]
-        done = script_here(importlib.import_module(script.removesuffix(".py")).main, script, *args)
-    else:
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    script, *args = [word for word in words[1:] if word != "-m"]
+    module = importlib.import_module(script.removesuffix(".py"))
+    return run_here(module, *args).stdout
 
 
-def serve(command, folder):
-    """What it says as it starts, once it has given a visitor its page and ended by Ctrl-C."""
-    words = [*shlex.split(command)[1:], "--port", "0"]  # 8000 may be taken here
-    with subprocess.Popen([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, text=True) as server:
-        late = threading.Timer(60, server.kill)
-        late.start()
-        said = server.stdout.readline()
-        with urllib.request.urlopen(re.search(r"http://\S+", said)[0], timeout=20) as page:
-            assert page.status == 200
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
-        late.cancel()
-    return said
+def say_what_is_served(args):
+    """Stands for the server, which test_serve.py tests."""
+    print(read_checkpoint(args.ckpt)["step"])
 
 
-def test_commands(demo, monkeypatch):
-    """In the order of the text, as one test: some take up what those before have left."""
-    monkeypatch.chdir(demo)
-    for command in COMMANDS:
-        needed = [package for part, packages in NEEDS.items() if part in command for package in packages]
-        if all(map(importlib.util.find_spec, needed)):
-            assert (serve if "tools.serve" in command else run_here)(command, demo).strip(), command
+def test_all_commands_run(demo, monkeypatch):
+    """As one test, in the order of the text: some take up what those before have left."""
+    monkeypatch.setattr("tools.serve.serve", say_what_is_served)
+    for package in ("matplotlib", "safetensors", "transformers"):
+        pytest.importorskip(package)
+    for command in blocks(ENGLISH, "bash"):
+        assert output_of(command).strip(), command
