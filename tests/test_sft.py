@@ -120,12 +120,12 @@ def test_packing_is_as_tight_as_a_slow_best_fit():
     rng = np.random.default_rng(0)
     for _ in range(300):
         row_length = rng.integers(1, 90)
-        lengths = rng.integers(1, row_length + 1, rng.integers(0, 80))
+        lengths = rng.integers(1, row_length + 1, rng.integers(1, 80))
         order, starts = pack(lengths, int(row_length))
         assert sorted(order) == list(range(len(lengths)))
         assert starts[0] == 0 and starts[-1] == len(lengths)
         rows = np.split(lengths[order], starts[1:-1])
-        assert sorted(row.sum() for row in rows if len(row)) == slow_best_fit(lengths, row_length)
+        assert sorted(row.sum() for row in rows) == slow_best_fit(lengths, row_length)
 
 
 @pytest.mark.parametrize(("block_size", "longest"), [(256, 256), (600, 220), (230, 256)])
@@ -141,14 +141,14 @@ def test_every_example_that_fits_stands_in_one_row(block_size, longest, tiny_sft
         assert len(documents) == block_size
         for document in documents.unique().tolist():
             place = documents == document
-            tokens, targets, positions = (batch[k][row][place] for k in ("tokens", "targets", "positions"))
+            here = {name: values[row][place].tolist() for name, values in batch.items()}
             if document == -1:
-                assert (targets == IGNORE).all()
+                assert set(here["targets"]) == {IGNORE}
                 continue
             prompt, response = examples[document]
-            assert tokens.tolist() == prompt + response[:-1]
-            assert targets.tolist() == [IGNORE] * (len(prompt) - 1) + response
-            assert positions.tolist() == list(range(len(tokens)))
+            assert here["tokens"] == prompt + response[:-1]
+            assert here["targets"] == [IGNORE] * (len(prompt) - 1) + response
+            assert here["positions"] == list(range(len(here["tokens"])))
             found.append(document)
     assert sorted(found) == fitting
 
