@@ -341,7 +341,7 @@ def test_what_is_left_out_is_counted(read, capsys):
         read([*numbered(2), *numbered(3, chosen="")])
     for i in range(2):
         records = numbered(2)
-        records[i]["chosen"] = "好" * 99
+        records[i]["chosen"] = "好" * 999
         with pytest.raises(UserError, match="pairs of two prompts or more"):
             read(records)
 
