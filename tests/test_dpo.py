@@ -1,549 +1,480 @@
-"""Preference tuning: the loss against float64 and TRL, the pairs by hand, and real runs stopped and
-resumed.
+"""Preference tuning: tools/dpo.py makes the better of two stories more probable than the worse.
+
+What is promised, in the order of this file:
+
+    the loss    is that of the paper: against float64, one story at a time
+    rewards     say by rules which of two stories is better; the corpus's own story is never the worse
+    making      the model's own stories become pairs; interrupted, it goes on where it stopped
+    reading     pairs come in the forms other people use; what cannot be used is counted and said
+    runs        begin at log 2 and learn; resumed they have the same bits; two processes train as one
+    mistakes    end with one line that says what to do
 """
 
+import dataclasses
 import json
 import math
-import os
-import re
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TUNING, assert_one_line_error, metrics_of, run_script, script_here
-from test_model import as_transformers, small
-from test_train import as_two, lines_of, same, same_state
+from helpers import (
+    as_two_processes,
+    assert_refused,
+    lines_of,
+    metrics_of,
+    run_here,
+    same_state,
+    small_model,
+    tuning,
+)
+from test_sft import (
+    ANSWER,
+    END,
+    USER,
+    nats_of,
+    open_rows,
+    tell,
+    tokenizer_of,
+)
 
-import sample
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
-from common.files import load_tokenizer
-from model import IGNORE
-from stories.constraints import read_constraints
+from common.files import UserError
+from stories.constraints import TEMPLATE, read_constraints
+from stories.read import LeftOut
 from stories.rewards import reward, score
 from tools import dpo
-from tools.dpo import PreferenceDataset, Settings, log_probs, pair_of, preference_loss
-
-METRICS = {"loss", "accuracy", "margin", "chosen_log_p", "rejected_log_p", "kl"}
-
+from tools.dpo import (
+    PreferenceDataset,
+    Settings,
+    choose_pair,
+    pair_of,
+    preference_loss,
+)
 
 # ---- The loss --------------------------------------------------------------------------------------
 
 
-def pairs_for(model, count=5, length=24, seed=0):
-    """Made-up pairs of different lengths, and made-up log-probabilities of a reference."""
-    rng, v = np.random.default_rng(seed), model.config.vocab_size
-    pairs = [[rng.integers(1, v, rng.integers(2, 8)).tolist() for _ in range(3)] for _ in range(count)]
-    data = PreferenceDataset(Path("made up"), pairs, length, 0, seed)
-    data.reference_log_p = rng.normal(-20, 5, (count, 2)).astype(np.float32)
-    return data
-
-
-def log_p_by_hand(model, prompt, answer):
-    """A token after the other, in float64."""
-    total, seen = 0.0, list(prompt)
-    for token in answer:
-        logits = model(torch.tensor([seen]))[0, -1]
-        total = total + logits[token] - logits.logsumexp(0)
-        seen.append(token)
-    return total
-
-
-def loss_by_hand(s, log_p, reference, lengths):
-    (pw, pl), (rw, rl), (nw, _) = log_p, reference, lengths
-    x = s.beta * ((pw - rw) - (pl - rl))
-    return -torch.log(1 / (1 + torch.exp(-x))) - s.nll_weight * pw / nw
-
-
-@pytest.mark.parametrize("changes", [{}, {"beta": 0.5}, {"nll_weight": 0.7}])
-def test_loss_and_gradients_equal_float64_reference(changes):
-    model, s = small(), Settings(**changes)
-    data = pairs_for(model)
-    metrics = preference_loss(model, data.sequences(range(5)), s)
-    assert metrics.keys() == METRICS
+@pytest.mark.parametrize(("beta", "nll_weight"), [(0.1, 0.0), (0.5, 0.7)])
+def test_loss_metrics_and_gradients_equal_float64_one_story_at_a_time(beta, nll_weight):
+    """Equation 7 of the paper, for three pairs and made-up log-probabilities of a reference."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for length in (1, 3, 4):
+        tokens = rng.integers(1, 97, 9).tolist()
+        pairs.append((tokens[:2], tokens[-length:], tokens[2:5]))
+    data = PreferenceDataset(Path("made up"), pairs, 24, 0, seed=0)
+    data.reference_log_p = rng.normal(-15, 5, (3, 2)).astype(np.float32)
+    model = small_model()
+    metrics = preference_loss(model, data.sequences(range(3)), Settings(beta=beta, nll_weight=nll_weight))
     metrics["loss"].backward()
-    gradients = {name: p.grad.double() for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+
     model = model.double()
     model.zero_grad()
-    total, expected = 0.0, dict.fromkeys(METRICS, 0.0)
-    for (prompt, *answers), reference in zip(data.pairs, data.reference_log_p.astype(float), strict=True):
-        log_p = [log_p_by_hand(model, prompt, answer) for answer in answers]
-        total = total + loss_by_hand(s, log_p, reference, list(map(len, answers)))
-        gained = [p.item() - r for p, r in zip(log_p, reference, strict=True)]
-        expected["chosen_log_p"] += log_p[0].item()
-        expected["rejected_log_p"] += log_p[1].item()
-        expected["kl"] += (gained[0] ** 2 + gained[1] ** 2) / 4
-        expected["margin"] += s.beta * (gained[0] - gained[1])
-        expected["accuracy"] += gained[0] > gained[1]
-    assert metrics["loss"].item() == pytest.approx(total.item(), rel=1e-5)
-    for name in METRICS - {"loss"}:
-        assert metrics[name].item() == pytest.approx(expected[name], rel=1e-5)
-    total.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-5 * p.grad.abs().max().item())
+    chosen = -torch.stack([nats_of(model, prompt, story) for prompt, story, _ in pairs])
+    rejected = -torch.stack([nats_of(model, prompt, story) for prompt, _, story in pairs])
+    chosen_gain = chosen - torch.tensor(data.reference_log_p[:, 0])
+    rejected_gain = rejected - torch.tensor(data.reference_log_p[:, 1])
+    margin = beta * (chosen_gain - rejected_gain)
+    of_pairs = {
+        "loss": torch.log(1 + torch.exp(-margin)) - nll_weight * chosen / torch.tensor([1, 3, 4]),
+        "accuracy": (margin > 0).float(),
+        "margin": margin,
+        "chosen_log_p": chosen,
+        "rejected_log_p": rejected,
+        "kl": (chosen_gain**2 + rejected_gain**2) / 4,
+    }
+    expected = {name: values.sum() for name, values in of_pairs.items()}
+    torch.testing.assert_close(metrics, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    expected["loss"].backward()
+    exact = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(gradients, exact, rtol=1e-5, atol=1e-3, check_dtype=False)
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.7])
-def test_loss_equals_trl(beta, tmp_path):
-    """DPOTrainer's own, on the same weights in transformers' Qwen3, with another model as the reference."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    transformers = pytest.importorskip("transformers")
-    model, other = small(), small()
-    for p in other.parameters():
-        p.data.mul_(0.9)
-    data = pairs_for(model)
-    with torch.no_grad():
-        data.reference_log_p = log_probs(other, data.sequences(range(5))).numpy()
-    ours = preference_loss(model, data.sequences(range(5)), Settings(beta=beta))["loss"] / 5
-    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in data.pairs]
-    vocabulary = {f"t{i}": i for i in range(97)}
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t0")
-    args = trl.DPOConfig(str(tmp_path), beta=beta, loss_type="sigmoid", per_device_train_batch_size=5, report_to=[],
-                         use_cpu=True, bf16=False, gradient_checkpointing=False)  # fmt: skip
-    texts = datasets.Dataset.from_list([{"prompt": "t1", "chosen": "t2", "rejected": "t3"}])
-    trainer = trl.DPOTrainer(as_transformers(model), as_transformers(other), args=args, train_dataset=texts,
-                             processing_class=tokenizer)  # fmt: skip
-    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+# ---- Rewards ---------------------------------------------------------------------------------------
 
 
-def test_rows_by_hand():
-    """What stands where: the prompt is not learned from, what fills a row up neither, nor a row that fills a
-    batch.
-    """
-    data = PreferenceDataset(Path("x"), [([1, 2, 3], [4, 5], [6]), ([7, 8], [9], [4, 4, 4])], 6, 0, seed=1)
-    batch, no = data.sequences([0, 1]), IGNORE
-    assert batch["tokens"].tolist() == [
-        [[1, 2, 3, 4, 0, 0], [1, 2, 3, 0, 0, 0]],
-        [[7, 8, 0, 0, 0, 0], [7, 8, 4, 4, 0, 0]],
-    ]
-    assert batch["targets"].tolist() == [
-        [[no, no, 4, 5, no, no], [no, no, 6, no, no, no]],
-        [[no, 9, no, no, no, no], [no, 4, 4, 4, no, no]],
-    ]
-    assert data.loss_denominator(batch) == 2
-    assert data.tokens_per_sequence == batch["tokens"][0].numel() == 12
-    batch["targets"][1:] = IGNORE
-    assert data.loss_denominator(batch) == 1
-    model = small()
-    both, one = (preference_loss(model, b, Settings()) for b in (batch, {k: v[:1] for k, v in batch.items()}))
-    for name in METRICS:
-        torch.testing.assert_close(both[name], one[name])
+def test_rewards_by_hand():
+    asked = {"词汇": "铲子，草地", "特点": "对话", "随机句子": "小兔笑了起来，大家都很高兴。"}
+
+    def scored(story, finished=1.0, constraints=asked):
+        return score(constraints, story) | {"finished": finished}
+
+    best = scored("小兔说：“铲子在草地上。”小兔笑了起来，大家都很高兴。")
+    assert reward(best, best) == 5 + 1 + 2  # what was asked for; it ends; its length, and no repetition
+    one_word = scored("小兔拿着铲子回家了。后来小兔笑了起来，大家都很高兴。")
+    assert reward(one_word, best) == 0.5 + 2 + 1 + 2
+    cut_off = scored("铲子，铲子，铲子，铲子，铲子，铲子，铲子", finished=0.0)
+    assert reward(cut_off, best) == 0.5 + 1  # it is long enough, but repeats itself
+    assert reward(cut_off, cut_off) == 0.5 + 2  # no more than this reference does
+    too_short = scored("小兔", constraints=None)
+    assert reward(too_short, best) == 1 + 1
+    assert reward(too_short) == 1 + 2  # nothing to compare its length with
 
 
-# ---- Pairs -----------------------------------------------------------------------------------------
+HATS = {"词汇": "帽子"}
+WITH = "小兔戴着帽子去森林里玩。"
+ALSO_WITH = "小熊戴着帽子去森林里玩。"
+WITHOUT = "小兔和小熊去森林里玩了。"
+BROKEN = "小兔戴着帽子去森林里\ufffd玩。"
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("samples", "of_corpus", "reference_chosen", "expected"),
     [
-        {"prompt": "问", "chosen": "好", "rejected": " 坏\r\n"},
-        {"prompt": "问", "input": None, "system": "", "history": [], "chosen": "好", "rejected": "坏"},
-        {"prompt": [{"role": "user", "content": "问"}], "chosen": [{"role": "assistant", "content": "好"}],
-         "rejected": [{"role": "assistant", "content": "坏"}]},
-        {"chosen": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
-         "rejected": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "坏"}]},
-        # UltraFeedback: the conversations repeat the prompt
-        {"prompt": "问", "prompt_id": "x", "score_chosen": 8.5,
-         "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
-         "chosen": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "好"}],
-         "rejected": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "坏"}]},
-        # LLaMA-Factory: Alpaca's keys, and ShareGPT's
-        {"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"},
-        {"conversations": [{"from": "human", "value": "问"}], "chosen": {"from": "gpt", "value": "好"},
-         "rejected": {"from": "gpt", "value": "坏"}},
-        {"conversations": [{"from": "system", "value": " "}, {"from": "human", "value": "问"}],
-         "chosen": {"from": "gpt", "value": "好"}, "rejected": {"from": "gpt", "value": "坏"}},
-    ],
-)  # fmt: skip
-def test_every_form_of_a_pair(record):
-    assert pair_of(record, "x:1") == ("问", ("好", True), ("坏", True))
-
-
-def test_instruction_and_input_of_a_pair():
-    record = {"instruction": "写一个故事", "input": "词汇：猫", "chosen": "好", "rejected": "坏"}
-    assert pair_of(record, "x:1") == ("写一个故事\n词汇：猫", ("好", True), ("坏", True))
-
-
-def test_a_story_that_did_not_end():
-    record = {"prompt": "问", "chosen": "好", "rejected": "坏", "rejected_scores": {"finished": 0.0}}
-    assert pair_of(record, "x:1") == ("问", ("好", True), ("坏", False))
-
-
-ASK = {"role": "user", "content": "问"}
-GOOD, BAD = ({"role": "assistant", "content": text} for text in "好坏")
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        [],
-        "问",
-        {"prompt": "问", "chosen": "好"},
-        {"chosen": "好", "rejected": "坏"},
-        {"prompt": "问", "chosen": 3, "rejected": "坏"},
-        {"prompt": "别的", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
-        {"prompt": "问", "query": "别的", "chosen": "好", "rejected": "坏"},
-        {"prompt": 3, "chosen": "好", "rejected": "坏"},
-        {"chosen": [ASK, GOOD], "rejected": [{"role": "user", "content": "别的"}, BAD]},
-        {"chosen": [GOOD], "rejected": [ASK, BAD]},
-        {"chosen": ["问", "好"], "rejected": [ASK, BAD]},
-        {"chosen": [ASK, {"role": "assistant"}], "rejected": [ASK, BAD]},
+        ([WITHOUT, WITH], WITHOUT, True, (WITH, WITHOUT)),
+        ([WITHOUT, WITHOUT], WITH, True, (WITH, WITHOUT)),  # the corpus has the better one
+        ([WITHOUT, WITHOUT], WITH, False, None),
+        ([WITH, WITH], WITHOUT, True, None),  # the corpus's story is never rejected
+        ([WITHOUT, BROKEN, WITH], ALSO_WITH, True, (WITH, WITHOUT)),  # bytes that spell no text
+        (["帽子", WITH], WITHOUT, True, (WITH, "帽子")),  # too short beside that of the corpus
+        ([WITHOUT], BROKEN, True, None),
+        ([BROKEN], WITH, True, None),
     ],
 )
-def test_what_is_no_pair(record, tmp_path, tuned, tiny_sft):
-    file = tmp_path / "pairs.json"
-    file.write_text(json.dumps([{"prompt": "问", "chosen": "好", "rejected": "坏"}, record]))
-    done = preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file)
-    assert_one_line_error(done, f"{file}, element 2")
+def test_the_best_and_the_worst_are_a_pair(samples, of_corpus, reference_chosen, expected):
+    candidates = [(story, score(HATS, story) | {"finished": 1.0}) for story in [of_corpus, *samples]]
+    pair = choose_pair(candidates[1:], candidates[0], reference_chosen)
+    assert expected == (pair and (pair["chosen"], pair["rejected"]))
 
 
-def test_reward_by_hand():
-    asked = {"词汇": "铲子，草地", "随机句子": "小兔笑了起来，大家都很高兴。"}
-    best = score(asked, "小兔拿着铲子来到草地上。小兔笑了起来，大家都很高兴。") | {"finished": 1.0}
-    assert reward(best, best) == 4 + 1 + 2
-    one_word = score(asked, "小兔拿着铲子回家了。后来小兔笑了起来，大家都很高兴。") | {"finished": 1.0}
-    assert reward(one_word, best) == 0.5 + 2 + 1 + 2
-    cut_off = score(asked, "铲子，铲子，铲子，铲子，铲子，铲子，铲子") | {"finished": 0.0}
-    assert reward(cut_off, best) == 0.5 + 1  # it is long enough, but repeats itself
-    assert (
-        reward(score(None, "小兔") | {"finished": 1.0}, best) == 1 + 1
-    )  # it does not repeat itself, but is too short
+# ---- Making pairs ----------------------------------------------------------------------------------
+
+MAKING = Settings(samples=8, instructions=28, seed=3)  # four batches, the last of four instructions
 
 
-# ---- Runs ------------------------------------------------------------------------------------------
+def sampler(seeds, most=99):
+    """Stands for sample_pairs: a pair for each instruction, and an instruction without one in each batch."""
 
-PREFERRING = TUNING | {"max_iters": 12, "save_interval": 4, "eval_interval": 6, "learning_rate": 0.001}
-PREFERRING |= {"instructions": 24, "samples": 3, "batch_size": 4}
+    def sample_pairs(model, tokenizer, data, indices, seed, s):
+        if len(seeds) == most:
+            raise KeyboardInterrupt
+        seeds.append(seed)
+        yield None, []
+        for i in indices.tolist():
+            yield {"prompt": i}, [{"length": 1.0}]
+
+    return sample_pairs
 
 
-def preferring(init_from, data_dir, out_dir, **changes):
-    paths = {"init_from": init_from, "data_dir": data_dir, "out_dir": out_dir}
-    return ["-m", "tools.dpo", *(f"--{key}={value}" for key, value in (PREFERRING | paths | changes).items())]
+@pytest.fixture
+def make_pairs(tmp_path, monkeypatch):
+    """Make pairs with such a sampler, in an empty folder. Returns what the file holds."""
 
+    def make(sample_pairs, model_digest="a model's", data_path="train.bin", **changes):
+        monkeypatch.setattr(dpo, "sample_pairs", sample_pairs)
+        data = SimpleNamespace(packed=np.arange(100), path=data_path)
+        s = dataclasses.replace(MAKING, **changes)
+        dpo.make_pairs(tmp_path / "pairs.jsonl", None, None, data, model_digest, s)
+        return pairs_in(tmp_path)
 
-def preferring_here(*paths, **changes):
-    return script_here(dpo.main, *preferring(*paths, **changes)[1:])
-
-
-@pytest.fixture(scope="module")
-def preferred(tuned, tiny_sft, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("preferred") / "out"
-    run_script(*preferring(tuned, tiny_sft, out))
-    return out
+    return make
 
 
 def pairs_in(folder):
     return [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_pairs_of_a_run(preferred, tiny_sft):
-    """Of each instruction the best and the worst, with scores that the rules give again; ties are not
-    there.
-    """
-    tokenizer = load_tokenizer((tiny_sft / "tokenizer.model").read_bytes(), tiny_sft)
-    found = pairs_in(preferred)
-    assert 10 < len(found) <= 24 and len({line["prompt"] for line in found}) == len(found)
-    references = dict(texts_of(tiny_sft, tokenizer))
-    for line in found:
-        asked = read_constraints(line["prompt"])
-        best = score(asked, references[line["prompt"]]) | {"finished": 1.0}
-        for side in ("chosen", "rejected"):
-            assert line[f"{side}_scores"] == score(asked, line[side]) | {
-                "finished": line[f"{side}_scores"]["finished"]
-            }
-        high, low = (reward(line[f"{side}_scores"], best) for side in ("chosen", "rejected"))
-        assert high > low
-        assert line["chosen"] == references[line["prompt"]] or high >= reward(best, best)
+def test_interrupted_pairs_go_on_where_they_stopped(make_pairs, tmp_path):
+    """Each batch is on the disk before the next; a line that was cut off is made again."""
+    seeds = []
+    whole = make_pairs(sampler(seeds))
+    assert len(whole) == 28 and seeds == [3, 4, 5, 6]  # eight instructions a batch
+    (path,) = tmp_path.iterdir()
+    path.unlink()
 
-
-def texts_of(folder, tokenizer):
-    from test_sft import examples_in
-
-    for prompt, response in examples_in(folder, "train"):
-        yield tokenizer.decode(prompt), tokenizer.decode(response)
-
-
-def test_metrics_of_a_run(preferred, tuned):
-    """It begins at log 2, with no margin; it ends with one. Validation has the same metrics."""
-    lines = metrics_of(preferred)
-    logs, checks = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
-    assert logs[0]["step"] == 2 and all(x.keys() >= METRICS for x in logs)
-    assert all({f"val_{name}" for name in METRICS} <= x.keys() for x in checks)
-    assert all(x["tokens"] == x["step"] * 4 * 2 * 256 for x in lines)  # both stories of four pairs
-    assert logs[-1]["margin"] > logs[0]["margin"] and logs[-1]["loss"] < logs[0]["loss"]
-    assert read_checkpoint(preferred)["template"] == read_checkpoint(tuned)["template"]
-    told = script_here(
-        sample.main, "sample.py", "--ckpt", preferred, "--words", "小兔", "--num", 1, "--max_new_tokens", 9
-    )
-    assert told.returncode == 0, told.stderr
-
-
-def test_before_the_first_step_the_model_is_the_reference(tuned, tiny_sft, preferred, tmp_path):
-    """Loss log 2, no margin, no divergence."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "pairs.jsonl").write_bytes((preferred / "pairs.jsonl").read_bytes())
-    done = preferring_here(
-        tuned, tiny_sft, tmp_path / "out", max_iters=1, learning_rate=1e-12, dtype="float32"
-    )
-    assert done.returncode == 0, done.stderr
-    first = metrics_of(tmp_path / "out")[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert first["margin"] == pytest.approx(0, abs=1e-4) and first["kl"] == pytest.approx(0, abs=1e-4)
-    assert first["chosen_log_p"] < -1
-
-
-def test_pairs_go_on_after_kill_9(tuned, tiny_sft, preferred, tmp_path):
-    """Killed in the middle of telling: the same file in the end, as if nothing had happened."""
-    out = tmp_path / "out"
-    command = [sys.executable, *preferring(tuned, tiny_sft, out, make_pairs=True, samples=8, instructions=28)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-    while not (
-        (parts := list(out.glob("*.part"))) and parts[0].read_bytes().count(b"\n") >= 2
-    ):  # of four batches
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    (part,) = parts
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(sampler([], most=2))
+    (part,) = tmp_path.iterdir()
     with open(part, "ab") as f:
         f.write('[{"prompt": "兔'.encode()[:-1])
-    for folder in (out, tmp_path / "whole"):
-        done = preferring_here(tuned, tiny_sft, folder, make_pairs=True, samples=8, instructions=28)
-        assert done.returncode == 0, done.stderr
-    assert pairs_in(out) == pairs_in(tmp_path / "whole")
-    assert {p.name for p in out.iterdir()} == {"pairs.jsonl", "lock"}
+    on_disk = []
+    rest = sampler([])
+
+    def watched(*args):
+        on_disk.append([json.loads(line) for line in part.read_bytes().splitlines()])
+        return rest(*args)
+
+    assert make_pairs(watched) == whole
+    assert [len(batches) for batches in on_disk] == [2, 3]
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_pairs_of_other_settings_are_not_gone_on_with(tuned, tiny_sft, preferred, tmp_path):
-    """A part of a file made with other samples, or by another model, is left alone."""
-    out = tmp_path / "out"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for source, changes in ((tuned, {"samples": 8}), (find_checkpoints(tuned)[1], {})):
-        before = set(out.glob("*.part"))
-        command = [sys.executable, *preferring(source, tiny_sft, out, make_pairs=True, **changes)]
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE)
-        while not any(part.stat().st_size for part in set(out.glob("*.part")) - before):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-    assert preferring_here(tuned, tiny_sft, out, make_pairs=True).returncode == 0
-    assert pairs_in(out) == pairs_in(preferred)
-    assert len(list(out.glob("*.part"))) == 2
+OTHERWISE = [
+    {"model_digest": "another"},
+    {"data_path": "other.bin"},
+    {"samples": 100},  # an instruction a batch
+    {"seed": 4},
+    {"temperature": 0.5},
+    {"reference_chosen": False},
+]
 
 
-def test_resume_is_exact(preferred, tuned, tiny_sft, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("pairs.jsonl", "ckpt_000008.pt", "metrics.jsonl"):
-        (out / name).write_bytes((preferred / name).read_bytes())
-    done = run_script(*preferring(tuned, tiny_sft, out, resume=True))
-    assert "resuming at step 8" in done.stdout
-    same_state(out / "ckpt_000012.pt", preferred / "ckpt_000012.pt")
-    assert lines_of(out) == lines_of(preferred)
+@pytest.mark.parametrize("changes", OTHERWISE)
+def test_pairs_made_otherwise_are_not_gone_on_with(changes, make_pairs):
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(sampler([], most=1), **changes)
+    seeds = []
+    make_pairs(sampler(seeds))
+    assert len(seeds) == 4
 
 
-def test_resume_of_another_run(preferred, tuned, tiny_sft, tmp_path):
-    """Other pairs, another model to begin with, or another loss: the message says which."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("pairs.jsonl", "ckpt_000008.pt"):
-        (out / name).write_bytes((preferred / name).read_bytes())
-    done = preferring_here(find_checkpoints(tuned)[1], tiny_sft, out, resume=True)
-    assert_one_line_error(done, "another reference")
-    done = preferring_here(tuned, tiny_sft, out, resume=True, beta=0.2)
-    assert_one_line_error(done, "beta", "0.1")
-    lines = (out / "pairs.jsonl").read_text().splitlines(keepends=True)
-    (out / "pairs.jsonl").write_text("".join(lines[1:]))
-    assert_one_line_error(preferring_here(tuned, tiny_sft, out, resume=True), "another pairs")
+def test_samples_stay_with_their_instruction(tiny_sft, monkeypatch):
+    """Three for each of two instructions: what the model is asked, and whose the stories are."""
+    data = open_rows(tiny_sft)
+    tokenizer = tokenizer_of(tiny_sft)
+    first, response = data.example(0)
+    second, _ = data.example(5)
+    model = SimpleNamespace(config=SimpleNamespace(block_size=256))
+
+    def sample_stories(_, tokenizer, prompts, **options):
+        assert prompts == [first.tolist()] * 3 + [second.tolist()] * 3
+        longest = max(len(first), len(second))
+        assert options == {"temperature": 0.7, "seed": 9, "max_new_tokens": 256 - longest}
+        return [(str(i), i % 3 != 1) for i in range(6)]  # the second of each does not end
+
+    monkeypatch.setattr(dpo, "sample_stories", sample_stories)
+    s = Settings(samples=3, temperature=0.7)
+    (pair, scores), (other, _) = dpo.sample_pairs(model, tokenizer, data, [0, 5], 9, s)
+    assert pair["prompt"] == tokenizer.decode(first.tolist())
+    assert pair["chosen"] == tokenizer.decode(response.tolist())  # the corpus's own is better
+    assert (pair["rejected"], other["rejected"]) == ("1", "4")
+    assert [one["finished"] for one in scores] == [1, 0, 1]
 
 
-def test_ready_pairs(tuned, tiny_sft, tmp_path):
-    """As others write them; a prompt is on one side of the split, and what is too long is left out and
-    said.
-    """
-    rows = [
-        {"prompt": f"词汇：小兔，第{i % 40}个", "chosen": f"小兔来了{i}次。", "rejected": "坏"}
-        for i in range(100)
-    ]
-    rows += [{"prompt": "词汇：长", "chosen": "长" * 3000, "rejected": "短"}] * 2
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = preferring_here(tuned, tmp_path / "no data needed", tmp_path / "out", pairs=file, epochs=1.0)
-    assert done.returncode == 0, done.stderr
-    counted = re.search(r"(\d+) train, (\d+) val pairs, (\d+) left out \(longer", done.stdout)
-    train_pairs, val_pairs, left_out = map(int, counted.groups())
-    assert train_pairs + val_pairs == 100 and left_out == 2 and val_pairs >= 2
-    assert read_checkpoint(tmp_path / "out")["step"] == math.ceil(train_pairs / 4)
+# ---- Reading pairs ---------------------------------------------------------------------------------
+
+PAIR = {"prompt": "问", "chosen": "好", "rejected": "坏"}
+ASK = {"role": "user", "content": "问"}
+GOOD = {"role": "assistant", "content": "好"}
+BAD = {"role": "assistant", "content": "坏"}
+OTHER = {"role": "user", "content": "别的"}
 
 
-def test_adapters(preferred, tuned, tiny_sft, tmp_path):
-    """Only the adapters learn; sft.py merges them."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "pairs.jsonl").write_bytes((preferred / "pairs.jsonl").read_bytes())
-    done = preferring_here(tuned, tiny_sft, tmp_path / "out", lora_rank=2, max_iters=4)
-    assert done.returncode == 0, done.stderr
-    base, state = read_checkpoint(tuned)["model"], read_checkpoint(tmp_path / "out")["model"]
-    for name, weight in base.items():
-        same(
-            state[name if name in state else name.replace(".weight", ".parametrizations.weight.original")],
-            weight,
-        )
-    assert any(w.abs().max() > 0 for name, w in state.items() if name.endswith(".B"))
+@pytest.mark.parametrize(
+    "record",
+    [
+        PAIR | {"rejected": " 坏\r\n", "system": ""},
+        {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        # UltraFeedback: the conversations repeat the prompt
+        {"prompt": "问", "messages": [ASK, GOOD], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        # LLaMA-Factory: a turn, not a list, for each side; and Alpaca's keys
+        {"conversations": [ASK], "chosen": GOOD, "rejected": BAD},
+        {"instruction": "问", "input": "", "chosen": "好", "rejected": "坏"},
+    ],
+)
+def test_every_form_of_a_pair_is_read(record):
+    assert pair_of(record, "x:1") == ("问", ("好", True), ("坏", True))
 
 
-def test_two_processes_prefer_as_one(preferred, tuned, tiny_sft, tmp_path):
-    changes = {"gradient_accumulation_steps": 2, "batch_size": 2, "dtype": "float32", "optimizer": "adamw"}
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "pairs.jsonl").write_bytes((preferred / "pairs.jsonl").read_bytes())
-    as_two(*preferring(tuned, tiny_sft, tmp_path / "two", **changes))
-    assert preferring_here(tuned, tiny_sft, tmp_path / "one", **changes).returncode == 0
-    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+@pytest.mark.parametrize(
+    ("record", "error", "message"),
+    [
+        ([], UserError, "x:7: expected an object"),
+        ({"prompt": "问", "chosen": "好"}, UserError, "x:7: .* the keys here are chosen, prompt"),
+        ({"chosen": [ASK, GOOD], "rejected": [OTHER, BAD]}, UserError, "x:7: .* different prompts"),
+        (PAIR | {"rejected": "好 "}, LeftOut, "the same"),
+        (PAIR | {"chosen": "\u200b\ufeff"}, LeftOut, "empty"),
+        ({"prompt": [ASK, GOOD, ASK], "chosen": [GOOD], "rejected": [BAD]}, LeftOut, "several turns"),
+    ],
+)
+def test_what_is_no_pair_is_refused_and_what_cannot_be_used_left_out(record, error, message):
+    with pytest.raises(error, match=message):
+        pair_of(record, "x:7")
 
 
-UNUSABLE = {
-    "empty": {"prompt": "问", "chosen": " \n", "rejected": "坏"},
-    "the same": {"prompt": "问", "chosen": "好 ", "rejected": "好"},
-    "not_unicode": {"prompt": "\ud83d", "chosen": "好", "rejected": "坏"},
-    "unencodable": {"prompt": "问", "chosen": "好\0的", "rejected": "坏"},
-    "empty ": {"prompt": "问", "chosen": "\u200b\ufeff", "rejected": "坏"},
-    "system prompt": {"prompt": "问", "system": "你是猫", "chosen": "好", "rejected": "坏"},
-    "history": {"prompt": "问", "history": [["早", "好"]], "chosen": "好", "rejected": "坏"},
-    "several turns ": {"chosen": [GOOD, ASK], "rejected": [ASK, BAD]},
-    "several turns": {"prompt": [ASK, GOOD, ASK], "chosen": [GOOD], "rejected": [BAD]},
+@pytest.fixture
+def read(tiny_sft, tmp_path):
+    """Read pairs from a file: (what is to be trained on, what is held out)."""
+    tokenizer = tokenizer_of(tiny_sft)
+
+    def read_records(records, block_size=64, **changes):
+        file = tmp_path / "pairs.json"
+        file.write_text(json.dumps(records))
+        return dpo.read_pairs([file], TEMPLATE, tokenizer, Settings(block_size=block_size, **changes))
+
+    return read_records
+
+
+def numbered(count, **changes):
+    """Pairs of different prompts."""
+    return [PAIR | {"prompt": f"问{i}"} | changes for i in range(count)]
+
+
+def test_pairs_become_tokens_in_the_template(read, tiny_sft):
+    """A row need not hold the last token, which is only a target."""
+    tokenizer = tokenizer_of(tiny_sft)
+    prompts = [[END, USER, *tokenizer.encode(f"问{i}"), ANSWER] for i in range(2)]
+    good = [*tokenizer.encode("好"), END]
+    bad = tokenizer.encode("坏")
+    records = numbered(2, rejected_scores={"finished": 0.0})
+    longest = len(prompts[0]) + len(good) - 1
+    train_data, val_data = read(records, block_size=longest)
+    expected = [(prompt, good, bad) for prompt in prompts]
+    assert sorted(train_data.pairs + val_data.pairs) == expected
+    with pytest.raises(UserError, match=rf"2 left out \(longer than block_size = {longest - 1}\)"):
+        read(records, block_size=longest - 1)
+
+
+def test_a_twentieth_of_the_prompts_is_held_out(read):
+    """Each prompt is on one side, whatever the order, and validation does not depend on the seed."""
+    records = numbered(200) + numbered(200, chosen="很好")
+    train_data, val_data = read(records, seed=1)
+    assert len(val_data) == 20
+    prompts = [prompt for prompt, _, _ in val_data.pairs]
+    assert not any(prompt in prompts for prompt, _, _ in train_data.pairs)
+    _, other_val_data = read(records, seed=2)
+    assert val_data.batch(0, 9)["tokens"].equal(other_val_data.batch(0, 9)["tokens"])
+    _, reversed_data = read(records[::-1])
+    assert reversed_data.pairs[0][0] == prompts[-1]
+
+
+def test_what_is_left_out_is_counted(read, capsys):
+    """Most of the pairs must be usable, some to learn from and some to validate with."""
+    read([*numbered(8), *numbered(2, chosen="")])
+    told = "7 train, 1 val pairs, 2 left out (empty)\n"
+    assert capsys.readouterr().out.endswith(told)
+    with pytest.raises(UserError, match=r"3 left out \(empty\)"):
+        read([*numbered(2), *numbered(3, chosen="")])
+    for i in range(2):
+        records = numbered(2)
+        records[i]["chosen"] = "好" * 999
+        with pytest.raises(UserError, match="pairs of two prompts or more"):
+            read(records)
+
+
+# ---- Runs ------------------------------------------------------------------------------------------
+
+PREFERRING = {
+    "max_iters": 12,
+    "save_interval": 4,
+    "eval_interval": 6,
+    "log_interval": 1,
+    "batch_size": 4,
+    "learning_rate": 0.001,
+    "dtype": "float32",
+    "instructions": 24,
+    "samples": 3,
 }
 
 
-@pytest.mark.parametrize("reason", UNUSABLE)
-def test_unusable_pairs_are_left_out_and_counted(reason, tuned, tiny_sft, tmp_path):
-    """A few among good ones are counted in the report; alone they are refused, and nothing is trained."""
-    file = tmp_path / "pairs.json"
-    good = [{"prompt": f"问{i}", "chosen": "好", "rejected": "坏"} for i in range(8)]
-    file.write_text(json.dumps([*good, UNUSABLE[reason], UNUSABLE[reason]]))
-    done = preferring_here(tuned, tiny_sft, tmp_path / "some", pairs=file, max_iters=1)
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "train, " in line]
-    assert "7 train, 1 val pairs" in line and "2 left out (" in line and reason.strip() in line
-    file.write_text(json.dumps([UNUSABLE[reason]] * 3))
-    done = preferring_here(tuned, tiny_sft, tmp_path / "none", pairs=file)
-    assert_one_line_error(done, file, "0 train, 0 val pairs", "3 left out", reason.strip())
-    assert not list((tmp_path / "none").glob("ckpt*"))
+def preferring(*paths, **changes):
+    """The arguments of a small run of tools.dpo."""
+    return tuning(*paths, **PREFERRING | changes)
 
 
-def test_advice_names_what_helps(tuned, tiny_sft, tmp_path):
-    """Too long: block_size. One prompt: more of them."""
-    file = tmp_path / "pairs.json"
-    file.write_text(
-        json.dumps([{"prompt": f"问{i}", "chosen": "好" * 30, "rejected": "坏"} for i in range(8)])
-    )
-    done = preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file, block_size=8)
-    assert_one_line_error(done, file, "8 left out (longer than block_size = 8)")
-    file.write_text(json.dumps([{"prompt": "问", "chosen": f"好{i}", "rejected": "坏"} for i in range(8)]))
-    assert_one_line_error(
-        preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=file), file, "two prompts or more"
-    )
+def prefer(*paths, **changes):
+    """What `python -m tools.dpo` prints."""
+    return run_here(dpo, *preferring(*paths, **changes)).stdout
 
 
-def test_pairs_have_no_cut_characters(tuned):
-    """max_new_tokens may cut a character of several bytes: what is left of it is no text."""
-    checkpoint = read_checkpoint(tuned)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"], tuned)
-    model, prompts = build_model(checkpoint, tuned), [[tokenizer.eos_id()]] * 512
-    options = {
-        "temperature": 100.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "max_new_tokens": 5,
-    }  # all tokens, also those of bytes
-    steps = [
-        tokens.tolist() for tokens in sample.generate(model, prompts, end_token=tokenizer.eos_id(), **options)
-    ]
-    texts = [tokenizer.decode(list(tokens)) for tokens in zip(*steps, strict=True)]
-    cut = [i for i, text in enumerate(texts) if text.endswith("\ufffd")]
-    assert len(cut) > 3
-    stories = sample.sample_stories(model, tokenizer, prompts, **options)
-    for i in cut:
-        assert stories[i][0] == texts[i].rstrip("\ufffd")
+@pytest.fixture(scope="module")
+def preferred(tuned, tiny_sft, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("preferred") / "out"
+    prefer(tuned, tiny_sft, out)
+    return out
 
 
-@pytest.mark.parametrize("reference_chosen", [True, False])
-def test_pairs_have_no_broken_characters(reference_chosen):
-    """A sample whose bytes spell no text in the middle is neither chosen nor rejected."""
-    reference = scored("小兔和小熊在森林里玩。", "小兔")
-    stories = ["小兔和小\ufffd熊在森林里玩", "小熊在森林里玩", "小兔\ufffd和小熊小兔在森林里玩"]
-    samples = [
-        (text, score({"词汇": "小兔"}, text) | {"finished": float(i != 2)}) for i, text in enumerate(stories)
-    ]
-    pair = dpo.choose_pair(samples, reference, reference_chosen)
-    if reference_chosen:
-        assert (pair["chosen"], pair["rejected"]) == ("小兔和小熊在森林里玩。", "小熊在森林里玩")
-    else:
-        assert pair is None  # only one is left
-        assert dpo.choose_pair(samples[:1], reference, reference_chosen) is None
+@pytest.fixture
+def stopped(preferred, tmp_path):
+    """The same run as a kill before its last checkpoint would have left it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("pairs.jsonl", "ckpt_000008.pt", "metrics.jsonl"):
+        shutil.copy(preferred / name, out)
+    return out
 
 
-def scored(story, words, finished=True):
-    return story, score({"词汇": words}, story) | {"finished": float(finished)}
+def test_a_run_begins_as_its_reference_and_learns(preferred):
+    """Loss log 2, no margin, no divergence, in training as in validation; sample.py reads what it leaves."""
+    lines = metrics_of(preferred)
+    first = lines[0]
+    before = json.loads((preferred / "metrics.jsonl").read_text().splitlines()[0])
+    for name, value in (("loss", math.log(2)), ("margin", 0), ("kl", 0)):
+        assert first[name] == pytest.approx(value, abs=1e-4)
+        assert before[f"val_{name}"] == pytest.approx(value, abs=1e-4)
+    assert first["tokens"] == 4 * 2 * 256  # both stories of four pairs
+    assert lines[-1]["loss"] < first["loss"] - 0.01
+    assert tell(preferred, words="小兔")
 
 
-def test_the_reference_is_never_rejected():
-    """It is the corpus's own story: where a sample is better, the pair is of samples alone."""
-    with_word = scored("小兔戴着帽子去森林里玩。", "帽子")
-    without = scored("小兔和小熊去森林里玩了。", "帽子")
-    reference = scored("小猫和小狗去河边玩了呢。", "帽子")
-    pair = dpo.choose_pair([with_word, without], reference, True)
-    assert (pair["chosen"], pair["rejected"]) == (with_word[0], without[0])
-    assert dpo.choose_pair([with_word, with_word], reference, True) is None
-    pair = dpo.choose_pair([without], with_word, True)
-    assert (pair["chosen"], pair["rejected"]) == (with_word[0], without[0])
-    assert dpo.choose_pair([without, without], with_word, False) is None
+def test_pairs_alone_are_made_if_asked_for(tuned, tiny_sft, preferred, tmp_path):
+    """Most instructions give one, with the scores of both stories; the same ones every time."""
+    out = tmp_path / "out"
+    prefer(tuned, tiny_sft, out, make_pairs=True)
+    assert not find_checkpoints(out)
+    pairs = pairs_in(out)
+    assert pairs == pairs_in(preferred)
+    assert len(pairs) > 10
+    for pair in pairs:
+        asked = read_constraints(pair["prompt"])
+        for side in ("chosen", "rejected"):
+            scores = pair[f"{side}_scores"]
+            assert scores.pop("finished") in (0, 1)
+            assert scores == score(asked, pair[side])
 
 
-def test_validation_does_not_depend_on_the_seed(tuned, tmp_path):
-    checkpoint = read_checkpoint(tuned)
-    tokenizer, file, drawn = load_tokenizer(checkpoint["tokenizer"], tuned), tmp_path / "pairs.json", []
-    file.write_text(json.dumps([{"prompt": f"问{i}", "chosen": "好", "rejected": "坏"} for i in range(400)]))
-    for seed in (1, 2):
-        s = Settings(block_size=256, seed=seed)
-        splits = dpo.read_pairs([file], checkpoint["template"], tokenizer, s)
-        drawn.append([split.batch(0, 10)["tokens"].tolist() for split in splits])
-    assert drawn[0][0] != drawn[1][0] and drawn[0][1] == drawn[1][1]
+def test_a_resumed_run_has_the_same_bits(preferred, stopped, tuned, tiny_sft):
+    printed = prefer(tuned, tiny_sft, stopped, resume=True)
+    assert "resuming at step 8" in printed
+    same_state(stopped / "ckpt_000012.pt", preferred / "ckpt_000012.pt")
+    assert lines_of(stopped) == lines_of(preferred)
+
+
+def test_another_run_is_not_continued(stopped, tuned, tiny_sft):
+    """Another model to begin with, another loss, or other pairs: the message says which."""
+    earlier = find_checkpoints(tuned)[1]
+    assert_refused(dpo, preferring(earlier, tiny_sft, stopped, resume=True), "another reference")
+    assert_refused(dpo, preferring(tuned, tiny_sft, stopped, resume=True, beta=0.2), "beta")
+    with open(stopped / "pairs.jsonl", "a") as f:
+        f.write("\n")
+    assert_refused(dpo, preferring(tuned, tiny_sft, stopped, resume=True), "another pairs")
+
+
+def test_adapters_learn_from_ready_pairs(tuned, tmp_path):
+    """Neither data is needed then, nor are the other weights changed."""
+    file = tmp_path / "mine.json"
+    out = tmp_path / "out"
+    file.write_text(json.dumps(numbered(40)))
+    printed = prefer(tuned, "no data", out, pairs=file, lora_rank=2, lora_alpha=6.0, max_iters=2)
+    assert f"{file}: 38 train, 2 val pairs\n" in printed
+    state = read_checkpoint(out)
+    assert state["lora"] == {"rank": 2, "alpha": 6.0}
+    before = read_checkpoint(tuned)["model"]
+    for name, weight in build_model(state, out).state_dict().items():
+        assert weight.equal(before[name]) != name.endswith("_proj.weight")
+
+
+def test_two_processes_prefer_as_one(preferred, tuned, tmp_path):
+    changes = {
+        "pairs": preferred / "pairs.jsonl",
+        "gradient_accumulation_steps": 2,
+        "batch_size": 2,
+        "optimizer": "adamw",
+        "max_iters": 4,
+    }
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    as_two_processes("-m", "tools.dpo", *preferring(tuned, "no data", two, **changes))
+    prefer(tuned, "no data", one, **changes)
+    for line, other in zip(lines_of(one), lines_of(two), strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("loss", "ipo"),
-        ("rounds", 2),
-        ("beta", 0.0),
-        ("beta", -1.0),
-        ("nll_weight", -1.0),
-        ("temperature", 0.0),
-        ("samples", 0),
-    ],
-)
-def test_bad_values(key, value, tuned, tiny_sft, tmp_path):
-    assert_one_line_error(preferring_here(tuned, tiny_sft, tmp_path / "out", **{key: value}), key)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_not_there(tuned, pretrained, tiny_data, tiny_sft, tmp_path):
-    assert_one_line_error(preferring_here(tmp_path / "none", tiny_sft, tmp_path / "out"), tmp_path / "none")
-    assert_one_line_error(preferring_here(pretrained, tiny_sft, tmp_path / "out"), pretrained, "sft.py")
-    assert_one_line_error(preferring_here(tuned, tiny_data, tmp_path / "out"), tiny_data, "--task sft")
-    assert_one_line_error(
-        preferring_here(tuned, tiny_sft, tmp_path / "out", pairs=tmp_path / "no.jsonl"), "no.jsonl"
-    )
+def test_what_does_not_fit_is_named(tuned, pretrained, tiny_data, tiny_sft, tmp_path):
+    out = tmp_path / "out"
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps([PAIR, []]))
+    assert_refused(dpo, preferring(pretrained, tiny_sft, out), pretrained, "sft.py")
+    assert_refused(dpo, preferring(tuned, tiny_data, out), tiny_data, "--task sft")
+    assert_refused(dpo, preferring(tuned, tiny_sft, out, block_size=257), tuned, "at most 256")
+    assert_refused(dpo, preferring(tuned, tiny_sft, out, beta=0.0), "beta")
+    assert_refused(dpo, preferring(tuned, tiny_sft, out, pairs=file), f"{file}, element 2")
+    assert_refused(dpo, preferring(tuned, tiny_sft, out, pairs=file, make_pairs=True), "make_pairs")
