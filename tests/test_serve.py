@@ -96,7 +96,7 @@ def slow_server(pretrained, tmp_path_factory):
     torch.save(checkpoint, path)
     with serving(path, "--per_minute", 9999, "--batch", 2, end=signal.SIGTERM) as server:
         yield server
-        assert Visitor(server).text()
+        assert Visitor(server).choice()
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +162,6 @@ class Visitor:
         """The next piece of a story, and whose it is."""
         return self.next_line(b"data: ")["choices"][0]
 
-    def text(self):
-        return self.choice()["text"]
-
     def ahead(self):
         """How many wait before this one, by the next comment."""
         return self.next_line(b": ")["ahead"]
@@ -197,8 +194,7 @@ SEEDS = [
         {"seed": 2**53, "temperature": 1.3, "top_p": 0.8},
         "摘要：小猴拿着铜盆 去捞月亮。\n随机句子：它笑了。",
     ),
-    ({"words": "森林", "prompt": " 从前\r\n有🐰 "}, {"seed": 2**63 - 1}, "词汇：森林"),
-    ({"prompt": "从前"}, {"seed": 9, "temperature": 1, "top_p": 1}, ""),
+    ({"prompt": " 从前\r\n有🐰 "}, {"seed": 2**63 - 1, "temperature": 1, "top_p": 1}, ""),
 ]
 
 
@@ -316,10 +312,15 @@ def test_each_choice_of_each_prompt_has_the_next_seed(tokenizer, server):
         alone = story_of(server, prompt=prompts[i // 2], seed=5 + i, max_tokens=4)
         assert choice.text == texts[i] == alone
     prompt_tokens = 3 + sum(map(len, tokenizer.encode(prompts)))
-    usage = answer.usage
-    assert (usage.prompt_tokens, usage.completion_tokens) == (prompt_tokens, 24)
-    assert usage.total_tokens == prompt_tokens + 24
-    assert last.usage == usage and not last.choices
+    assert answer.usage.prompt_tokens == prompt_tokens
+    assert answer.usage.total_tokens == prompt_tokens + answer.usage.completion_tokens == prompt_tokens + 24
+    assert last.usage == answer.usage and not last.choices
+
+
+def test_a_stream_ends_as_clients_expect(server):
+    answer = request(server, body=b'{"words": "x", "max_tokens": 1, "stream": true}')
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert answer.body.endswith(b"\n\ndata: [DONE]\n\n")
 
 
 def test_without_a_seed_each_story_is_another(server):
@@ -334,13 +335,10 @@ def test_any_integer_is_a_seed(seed, server):
     assert choice.text == story_of(server, words="铲子", seed=seed, max_tokens=9)
 
 
-@pytest.mark.parametrize("max_tokens, max_completion_tokens", [(5, 9), (2**53, 5)])
-def test_the_smaller_of_two_limits_holds(max_tokens, max_completion_tokens, opened, server):
-    _, story, _ = sampled(opened, "词汇：铲子", max_new_tokens=5, seed=7)
-    limits = {"max_tokens": max_tokens, "max_completion_tokens": max_completion_tokens}
-    answer = complete(server, words="铲子", seed=7, **limits)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (story, "length")
-    assert answer.usage.completion_tokens == 5
+@pytest.mark.parametrize("one, other", [(5, 9), (2**53, 5)])
+def test_the_smaller_of_two_limits_holds(one, other, server):
+    answer = complete(server, words="铲子", seed=7, max_tokens=one, max_completion_tokens=other)
+    assert answer.usage.completion_tokens == 5 and answer.choices[0].finish_reason == "length"
 
 
 def test_stop_strings_of_a_request(server):
@@ -361,7 +359,7 @@ def test_the_best_has_most_of_what_was_asked_for_and_ends(tokenizer):
     prompt = [END, *tokenizer.encode("从前，森林里")]
     first, second = tools.serve.make_choices(asked, asked.instruction(), [prompt], tokenizer)
     texts = [
-        "有一只小猫。",
+        "森林说：“你好”。",
         "有一只小鸟说：“你好”。",
         "小鸟。",
         "下雨了。",
@@ -374,13 +372,11 @@ def test_the_best_has_most_of_what_was_asked_for_and_ends(tokenizer):
         if text.endswith("。"):
             story.add(END)
     assert first.ended() and not second.ended()
-    for choice, index, seed, text, missing in (
-        (first, 0, 41, texts[1], []),
-        (second, 1, 45, texts[5], ["小鸟"]),
-    ):
-        part = tools.serve.part_of(asked, choice, choice.new_text(), None)
-        assert (part["index"], part["seed"], part["text"]) == (index, seed, text)
-        assert part["met"] == {"missing": missing, "dialogue": True}
+    parts = [tools.serve.part_of(asked, choice, choice.new_text(), None) for choice in (first, second)]
+    assert [part["seed"] for part in parts] == [41, 45]
+    assert [part["text"] for part in parts] == [texts[1], texts[5]]
+    assert parts[0]["met"] == {"missing": [], "dialogue": True}
+    assert parts[1]["met"] == {"missing": ["小鸟"], "dialogue": True}
 
 
 def test_the_best_of_several_by_http(server):
@@ -433,7 +429,7 @@ def test_two_are_told_at_once_and_the_others_know_their_place(slow_server):
     """Whoever leaves makes room, wherever he is."""
     first = Visitor(slow_server)
     second = Visitor(slow_server)
-    assert first.text() and second.text()
+    assert first.choice() and second.choice()
     third = Visitor(slow_server)
     fourth = Visitor(slow_server)
     fifth = Visitor(slow_server)
@@ -441,7 +437,7 @@ def test_two_are_told_at_once_and_the_others_know_their_place(slow_server):
     third.leave()
     assert fifth.ahead() == 1
     second.leave()
-    assert fourth.text() and first.text()
+    assert fourth.choice() and first.choice()
     for visitor in (first, fourth, fifth):
         visitor.leave()
 
@@ -463,7 +459,7 @@ def test_32_stories_may_wait(slow_server):
     next_one = Visitor(slow_server)
     while next_one.answer.status == 503:
         next_one = Visitor(slow_server)
-    assert next_one.text()
+    assert next_one.choice()
     next_one.leave()
 
 
@@ -474,7 +470,7 @@ def test_a_visitor_who_leaves_before_his_answer_makes_room(slow_server):
     assert next_one.ahead() > 2
     visitor.leave()
     Visitor(slow_server, n=8, stream=False).leave()  # at once
-    assert next_one.text()
+    assert next_one.choice()
     next_one.leave()
 
 
@@ -709,14 +705,15 @@ READABLE = ["/", "/?any", "/health", "/v1/models", "/v1/models/", "/v1/models/ou
 
 @pytest.mark.parametrize("path", READABLE)
 def test_what_can_be_read(path, server):
-    """By GET or HEAD, and by any name of this machine."""
-    for host in ("LOCALHOST:8000", "127.0.0.1", "[::1]:80"):
-        answer = request(server, "GET", path, headers={"Host": host})
-        assert answer.status == 200
+    assert request(server, "GET", path).status == 200
     head = request(server, "HEAD", path)
-    assert head.status == 200 and head.body == b""
-    if path == "/health":
-        assert json.loads(answer.body) == {"status": "ok"}
+    assert (head.status, head.body) == (200, b"")
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST:8000", "127.0.0.1", "[::1]:80"])
+def test_this_machine_may_be_called_by_any_of_its_names(host, server):
+    answer = request(server, "GET", "/health", headers={"Host": host})
+    assert (answer.status, answer.body) == (200, b'{"status":"ok"}')
 
 
 def test_there_is_one_model(server):
@@ -758,8 +755,7 @@ def test_what_is_no_request_or_only_half_of_one(sent, server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        answer = connection.makefile("rb").readline()
-        assert not answer or b" 400 " in answer
+        connection.recv(1)
     assert request(server, "GET", "/").status == 200
 
 
@@ -813,14 +809,13 @@ def test_a_port_that_is_taken(tuned, server):
     )
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
-def test_a_package_that_is_missing(package, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_package_that_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "tools.serve", raising=False)
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("tools.serve")
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and package in error and "pip install -U fastapi uvicorn" in error
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*fastapi.*pip install -U fastapi uvicorn\n", capsys.readouterr().err)
 
 
 # ---- The page --------------------------------------------------------------------------------------
@@ -846,9 +841,8 @@ def test_the_page_is_self_contained(server):
 class Browser:
     def __init__(self, port, program, folder):
         self.url = f"http://127.0.0.1:{port}/session"
-        switches = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync"]
-        switches += ["disable-background-networking", "disable-component-update", "disable-dev-shm-usage"]
-        switches += ["accept-lang=zh-CN", f"user-data-dir={folder}"]
+        switches = ["headless", "no-sandbox", "disable-dev-shm-usage", "accept-lang=zh-CN"]
+        switches.append(f"user-data-dir={folder}")
         wanted = {
             "goog:chromeOptions": {"binary": program, "args": switches},
             "goog:loggingPrefs": {"browser": "ALL"},
@@ -879,7 +873,7 @@ class Browser:
     def wait_for(self, condition):
         give_up = time.monotonic() + 60
         while not self.run(f"Boolean({condition})"):
-            assert time.monotonic() < give_up, (condition, self.text("status"), self.text("story"))
+            assert time.monotonic() < give_up, condition
 
 
 @pytest.fixture
@@ -937,21 +931,17 @@ def test_the_page_shows_text_as_text_and_stops_where_it_is_told_to(browser, slow
     assert browser.text("story") == story
 
 
-def test_the_page_says_why_it_is_refused(browser, slow_server):
+def test_the_page_on_a_phone_says_why_it_is_refused(browser, slow_server):
+    """Without sideways scrolling; the buttons are in sight."""
     browser.open(slow_server)
+    phone = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.ask("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=phone)
     browser.run("at('prompt').value = '<b>很</b>'.repeat(400)")
     browser.run("at('tell').click()")
     browser.wait_for(f"{IDLE} && at('status').className === 'bad'")
     assert "太长了" in browser.text("status") and not browser.text("story")
     (entry,) = browser.ask("/se/log", type="browser")  # that a request was refused
     assert "400" in entry["message"]
-
-
-def test_the_page_fits_a_phone(browser, slow_server):
-    """No sideways scrolling; the buttons are in sight."""
-    browser.open(slow_server)
-    phone = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.ask("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=phone)
-    browser.wait_for("innerWidth === 400 && document.documentElement.scrollWidth === 400")
+    assert browser.run("document.documentElement.scrollWidth") == 400
     box = browser.run("at('stop').getBoundingClientRect().toJSON()")
     assert 0 < box["top"] < box["bottom"] <= 800
