@@ -571,7 +571,6 @@ def test_what_cannot_be_used_is_left_out_and_counted(tokenizer, tmp_path):
     ("option", "records", "words"),
     [
         ("--augment=0", [RECORD], "--augment 0: must be at least 1"),
-        ("--task=chat", [RECORD], "--task"),
         ("--augment=1", [RECORD, {"output": "好"}], "a.jsonl:2: 'output' is not a prompt"),
         ("--augment=1", [{"instruction": " ", "output": "好"}], "no stories found (1 empty)"),
         ("--augment=1", [RECORD, *[UNFIT] * 2], "more than half of the records cannot be used (2 labelled"),

@@ -108,7 +108,14 @@ def test_damaged_metrics(damage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["--out=a.gif", "--out=none/a.png", "--smooth=-0.1", "--smooth=1.5", "--x=loss"]
+    "option",
+    [
+        "--out=a.gif",
+        "--out=none/a.png",
+        "--smooth=-0.1",
+        "--smooth=1.5",
+        "--x=loss",
+    ],
 )
 def test_bad_options(option, run):
     assert_refused(plot, [run, option], option.split("=")[1])
