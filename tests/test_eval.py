@@ -1,52 +1,181 @@
-"""The figures of tools/eval.py: each by hand or against a slow reference, and the whole command."""
+"""`python -m tools.eval`: how well a model follows held-out instructions.
 
-import functools
+- It prints a line for each metric and a column for each checkpoint, and writes the last column as JSON.
+- Every metric is the mean over the instructions that ask for it, of stories sampled in batches of any size,
+  or of the best of several stories.
+- bits_per_char is what the references cost, summed a token at a time.
+
+The order: the command, the scores of stories/rewards.py that it averages, mistakes of the user.
+"""
+
 import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import assert_one_line_error, reseal, run_script, script_here
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_sft import examples_in, length_of, strong
+from helpers import assert_refused, meta_of, reseal, run_here, run_script
+from test_sft import examples_in, length_of
 
-import stories.rewards
-from common.checkpoint import build_model, find_checkpoints, read_checkpoint
-from model import ModelConfig
+from common.checkpoint import build_model, read_checkpoint
+from stories.constraints import read_constraints
+from stories.rewards import average, can_choose, common_subsequence, findings, repeated_4grams, reward, score
 from tools import eval as tool
 
-# ---- The parts -------------------------------------------------------------------------------------
+
+def metrics_of(tmp_path, *args):
+    """What tools.eval writes for these arguments."""
+    path = tmp_path / "metrics.json"
+    run_here(tool, *args, "--json", path)
+    return json.loads(path.read_text())
 
 
-def by_recursion(a, b):
-    """The longest common subsequence as it is defined."""
-
-    @functools.cache
-    def longest(i, j):
-        if i == len(a) or j == len(b):
-            return 0
-        if a[i] == b[j]:
-            return 1 + longest(i + 1, j + 1)
-        return max(longest(i + 1, j), longest(i, j + 1))
-
-    return longest(0, 0)
+@pytest.fixture(scope="module")
+def held_out(tiny_sft):
+    """The held-out examples that the model can read: a prompt and a response each, as tokens."""
+    return [example for example in examples_in(tiny_sft, "val") if length_of(example) <= 256]
 
 
-few = st.text("兔熊ab", max_size=14)
+# ---- The command -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None)
-@given(few, few)
-def test_common_subsequence(a, b):
-    assert (
-        stories.rewards.common_subsequence(a, b)
-        == stories.rewards.common_subsequence(b, a)
-        == by_recursion(a, b)
-    )
+def test_the_command(tuned, tiny_sft, held_out, tmp_path):
+    """As a user types it: a line for each metric, stories to read, and the metrics as a file."""
+    path = tmp_path / "new" / "metrics.json"
+    args = ("--data", tiny_sft, "--num", 12, "--show", 3, "--json", path)
+    done = run_script("-m", "tools.eval", "--ckpt", tuned, *args)
+    metrics = json.loads(path.read_text())
+    stories, table = done.stdout.split("12 held-out instructions of")
+    assert stories.count("\n---\n") == 2
+    for label in tool.LABELS.values():
+        assert label in table
+    assert f"{metrics['bits_per_char']:.2f}" in table and f"{metrics['repeat_4gram']:.1%}" in table
+    assert metrics["examples"] == 12
+    assert metrics["too_long"] == meta_of(tiny_sft)["val"]["stories"] - len(held_out) > 0
+
+
+def likeliest_story(model, prompt, limit):
+    """The likeliest token again and again, without cache or batch; and whether it came to its end."""
+    ids = []
+    while len(ids) < limit:
+        token = model(torch.tensor([prompt + ids]))[0, -1].argmax().item()
+        if token == 2:
+            return ids, True
+        ids.append(token)
+    return ids, False
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def by_hand(tuned, tiny_sft, held_out):
+    """The metrics of four examples, one example and one token at a time."""
+    model = build_model(read_checkpoint(tuned), tuned)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sft / "tokenizer.model"))
+    room = 256 - max(len(prompt) for prompt, _ in held_out[:4])
+    scores = []
+    references = []
+    nats = 0.0
+    for prompt, response in held_out[:4]:
+        constraints = read_constraints(tokenizer.decode(prompt))
+        ids, finished = likeliest_story(model, prompt, room)
+        scores.append(score(constraints, tokenizer.decode(ids)) | {"finished": finished})
+        references.append(score(None, tokenizer.decode(response)))
+        log_p = model(torch.tensor([prompt + response[:-1]]))[0].double().log_softmax(-1)
+        for i, token in enumerate(response, start=len(prompt) - 1):
+            nats -= log_p[i, token].item()
+    metrics = average(scores) | {"examples": 4}
+    for name, value in average(references).items():
+        metrics[f"reference_{name}"] = value
+    metrics["bits_per_char"] = nats / math.log(2) / (4 * metrics["reference_length"])
+    return metrics
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_metrics_by_hand(batch_size, by_hand, tuned, tmp_path):
+    """However many stories are told at once, by default of the data that the checkpoint was tuned on."""
+    args = ("--num", 4, "--temperature", 0, "--batch_size", batch_size)
+    metrics = metrics_of(tmp_path, "--ckpt", tuned, *args)
+    assert metrics["reference_consistent"] == 1
+    for name in ("too_long", "consistent", "reference_consistent"):
+        metrics.pop(name, None)
+    assert metrics == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_the_best_story_of_each_instruction_counts(tuned, tmp_path, monkeypatch):
+    """Of each four stories only the last has what was asked for; every batch has a seed of its own."""
+    batches = {}
+
+    def tell(model, tokenizer, prompts, **options):
+        batches[options["seed"]] = len(prompts)
+        stories = []
+        for i, prompt in enumerate(prompts):
+            good = i % 4 == 3
+            stories.append((tokenizer.decode(prompt) * good, good))
+        return stories
+
+    monkeypatch.setattr(tool, "sample_stories", tell)
+    args = ("--ckpt", tuned, "--num", 7, "--best_of", 4, "--batch_size", 13)
+    metrics = metrics_of(tmp_path, *args)
+    for name in ("words", "words_all", "sentence_exact", "finished"):
+        assert metrics[name] == 1
+    assert batches == {1337: 12, 1340: 12, 1343: 4}
+    assert ", best of 4\n" in run_here(tool, *args).stdout
+
+
+def test_checkpoints_side_by_side(pretrained, tuned, tiny_sft, tmp_path):
+    """A column each, in the order given, as if alone; the file has the metrics of the last."""
+    args = ("--data", tiny_sft, "--num", 5)
+    one = metrics_of(tmp_path, "--ckpt", pretrained, *args)
+    two = metrics_of(tmp_path, "--ckpt", tuned, *args)
+    done = run_here(tool, "--ckpt", pretrained, "--ckpt", tuned, *args, "--json", tmp_path / "both.json")
+    assert json.loads((tmp_path / "both.json").read_text()) == two != one
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert [pretrained.name, tuned.name, "references"] in table
+    lengths = [f"{length:.2f}" for length in (one["length"], two["length"], one["reference_length"])]
+    assert ["characters", "in", "a", "story", *lengths] in table
+
+
+# ---- The scores ------------------------------------------------------------------------------------
+
+STORY = "小兔捡到一把铲子。“这是谁的？”它问小熊。小熊摇摇头，和它一起去找。"
+
+
+@pytest.mark.parametrize(
+    ("words", "share", "all_present"),
+    [("铲子；小熊", 1, 1), ("铲子,草地、小熊", 2 / 3, 0), ("铲 子", 0, 0)],
+)
+def test_score_of_words(words, share, all_present):
+    scores = score({"词汇": words}, STORY)
+    assert scores == {"length": 34, "repeat_4gram": 0, "words": share, "words_all": all_present}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "exact", "near"),
+    [
+        ("“这是谁的？”它问小熊。", 1, 1),
+        ("小兔捡到了一把铲子。", 0, 1),  # 8 characters of 9 in their order
+        ("小兔和我捡到一把铲子。", 0, 0),  # 8 of 10, which is not above 80%
+        ("子铲把一到捡兔小。", 0, 0),
+    ],
+)
+def test_score_of_a_sentence(sentence, exact, near):
+    scores = score({"随机句子": sentence}, STORY)
+    assert scores == {"length": 34, "repeat_4gram": 0, "sentence_exact": exact, "sentence_lcs80": near}
+
+
+@pytest.mark.parametrize("asked", [None, {"特点": "没有对话", "摘要": "小兔"}])
+def test_what_is_not_asked_for_has_no_score(asked):
+    assert score(asked, STORY) == {"length": 34, "repeat_4gram": 0}
+    assert not can_choose(asked)
+    assert can_choose({"特点": "转折，对话"})
+
+
+@pytest.mark.parametrize("feature", ["对话", "對話", "Dialogue"])
+@pytest.mark.parametrize("quoted", ["小兔说：“你好。”", "小兔說：「你好。」", "『你好。』", 'He said "no".'])
+def test_dialogue_in_every_kind_of_quotes(feature, quoted):
+    assert score({"特点": feature}, quoted)["dialogue"] == 1
+    assert score({"特点": feature}, "小兔说你好。")["dialogue"] == 0
 
 
 @pytest.mark.parametrize(
@@ -56,339 +185,103 @@ def test_common_subsequence(a, b):
         ("兔兔兔", 0),
         ("兔兔兔兔", 0),  # one 4-gram
         ("兔兔兔兔兔", 1 / 2),
-        ("兔" * 13, 9 / 10),
-        ("从前有一只小兔子", 0),
         ("小兔说话小兔说话", 1 / 5),  # the last of five is the first again
-        ("abcdeabcde", 2 / 7),
         ("🐰🐻🐰🐻🐰🐻", 1 / 3),  # characters, not bytes
     ],
 )
 def test_repeated_4grams(text, share):
-    assert stories.rewards.repeated_4grams(text) == pytest.approx(share)
+    assert repeated_4grams(text) == pytest.approx(share)
 
 
-STORY = "小兔捡到一把铲子。“这是谁的？”它问小熊。小熊摇摇头，和它一起去找。"
+def subsequences(text):
+    """What is left of a text if any of its characters are struck out."""
+    found = {""}
+    for character in text:
+        found |= {beginning + character for beginning in found}
+    return found
 
 
-def test_score_without_constraints():
-    for asked in (None, {}):
-        assert stories.rewards.score(asked, STORY) == {"length": len(STORY), "repeat_4gram": 0.0}
-    assert stories.rewards.score(None, "") == {"length": 0, "repeat_4gram": 0.0}
+@pytest.mark.parametrize("b", ["", "兔", "abab", "baab", "兔ab熊ba", "ba熊兔ab", "aaabbb", "熊bab兔a"])
+@pytest.mark.parametrize("a", ["", "abba", "兔ba熊ab", "bbbaaa", "ab兔熊ab"])
+def test_common_subsequence(a, b):
+    common = subsequences(a) & subsequences(b)
+    assert common_subsequence(a, b) == max(map(len, common))
 
 
-@pytest.mark.parametrize(
-    ("asked", "words", "words_all"),
-    [
-        ("铲子", 1.0, 1.0),
-        ("铲子，小熊", 1.0, 1.0),
-        ("铲子,草地、小熊", 2 / 3, 0.0),
-        ("草地", 0.0, 0.0),
-        ("铲 子", 0.0, 0.0),
-    ],
-)
-def test_score_of_words(asked, words, words_all):
-    found = stories.rewards.score({"词汇": asked}, STORY)
-    assert found == {
-        "length": len(STORY),
-        "repeat_4gram": 0.0,
-        "words": pytest.approx(words),
-        "words_all": words_all,
-    }
-
-
-@pytest.mark.parametrize(
-    ("asked", "exact", "near"),
-    [
-        ("小兔捡到一把铲子。", 1, 1),
-        ("小熊摇摇头，和它一起去找。", 1, 1),
-        ("“这是谁的？”它问小熊。", 1, 1),  # more than one of the story's sentences
-        ("小兔捡到了一把铲子。", 0, 1),  # 8 of 9 in order
-        ("小兔捡到一把小铲子！", 0, 1),
-        ("小兔和我捡到一把铲子。", 0, 0),  # 8 of 10 in order is not above 80%
-        ("子铲把一到捡兔小。", 0, 0),  # the same characters, in another order
-        ("大象飞走了。", 0, 0),
-        ("一", 1, 1),
-    ],
-)
-def test_score_of_a_sentence(asked, exact, near):
-    found = stories.rewards.score({"随机句子": asked}, STORY)
-    assert (found["sentence_exact"], found["sentence_lcs80"]) == (exact, near)
-    assert set(found) == {"length", "repeat_4gram", "sentence_exact", "sentence_lcs80"}
-
-
-@pytest.mark.parametrize(
-    ("asked", "story", "expected"),
-    [
-        ("对话", STORY, 1.0),
-        ("转折，对话", STORY, 1.0),
-        ("對話", "小兔說：「你好。」", 1.0),
-        ("Dialogue, Twist", 'He said "no".', 1.0),
-        ("对话", "小兔说你好。", 0.0),
-        ("转折", STORY, None),  # not asked for
-        ("没有对话", STORY, None),
-    ],
-)
-def test_score_of_dialogue(asked, story, expected):
-    assert stories.rewards.score({"特点": asked}, story).get("dialogue") == expected
-
-
-def test_average_is_over_the_stories_a_figure_applies_to():
+def test_a_mean_is_over_the_stories_a_score_applies_to():
     scores = [{"length": 10, "words": 1.0}, {"length": 20}, {"length": 60, "words": 0.5}, {"dialogue": 0.0}]
-    assert stories.rewards.average(scores) == {"length": 30, "words": 0.75, "dialogue": 0.0}
+    assert average(scores) == {"length": 30, "words": 0.75, "dialogue": 0}
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_bits_of_the_references(batch_size, tiny_sft, pretrained):
-    """However they are batched: the sum of each example's own, a target at a time in float64."""
-    config = ModelConfig(**read_checkpoint(pretrained)["model_config"])
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sft / "tokenizer.model"))
-    examples = [e for e in examples_in(tiny_sft, "val") if length_of(e) <= 256][:11]
-    model, nats, characters = strong(config).double(), 0.0, 0
-    for prompt, response in examples:
-        with torch.no_grad():
-            log_p = model(torch.tensor([prompt + response[:-1]]))[0].log_softmax(-1)
-        for i, token in enumerate(response):
-            nats -= log_p[len(prompt) - 1 + i, token].item()
-        characters += len(tokenizer.decode(response))
-    found = tool.reference_bits(strong(config), tokenizer, examples, batch_size)
-    assert found == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
+@pytest.mark.parametrize(
+    ("name", "value", "points"),
+    [
+        ("words", 0.5, 2.5),
+        ("words_all", 1, 3),
+        ("sentence_exact", 1, 3),
+        ("sentence_lcs80", 1, 3),
+        ("dialogue", 1, 3),
+        ("finished", 1, 3),
+        ("repeat_4gram", 0.14, 2),  # 5% more than the reference's are allowed
+        ("repeat_4gram", 0.16, 1),
+        ("length", 50, 2),  # half to twice the reference's
+        ("length", 200, 2),
+        ("length", 49, 1),
+        ("length", 201, 1),
+    ],
+)
+def test_reward(name, value, points):
+    scores = {"length": 100, "repeat_4gram": 0} | {name: value}
+    assert reward(scores, {"length": 100, "repeat_4gram": 0.1}) == points
 
 
-# ---- The command -----------------------------------------------------------------------------------
+def test_reward_without_a_reference():
+    assert reward({"length": 7, "repeat_4gram": 0.05}) == 2
+    assert reward({"length": 7, "repeat_4gram": 0.06}) == 1
 
 
-def eval_here(*args):
-    return script_here(tool.main, "eval.py", *args)
+def test_findings():
+    asked = {"词汇": "铲子，草地", "随机句子": "小兔捡到了一把铲子。", "特点": "对话"}
+    assert findings(asked, STORY) == {"missing": ["草地"], "sentence": "nearly", "dialogue": True}
+    assert findings(asked, "草地。") == {"missing": ["铲子"], "sentence": "missing", "dialogue": False}
+    assert findings({"随机句子": "它问小熊。"}, STORY) == {"sentence": "exact"}
+    assert findings(None, STORY) == {}
 
 
-def figures_of(path, *args):
-    done = eval_here(*args, "--json", path)
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text())
-
-
-@pytest.fixture
-def spoilt(tiny_sft, tmp_path):
-    """A copy of the data to change."""
-    shutil.copytree(tiny_sft, tmp_path / "data")
-    return tmp_path / "data"
-
-
-def test_the_whole_command(tuned, pretrained, tiny_sft, tmp_path):
-    """In a process of its own: one flat object of numbers, the shares between 0 and 1, and a line for each
-    figure.
-    """
-    args = ("--ckpt", tuned, "--data", tiny_sft, "--num", 12, "--json", tmp_path / "figures.json")
-    done = run_script("-m", "tools.eval", *args)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert all(type(value) in (int, float) and math.isfinite(value) for value in figures.values())
-    shares = {
-        "words_all",
-        "finished",
-        "repeat_4gram",
-        "sentence_lcs80",
-        "words",
-        "sentence_exact",
-        "dialogue",
-    }
-    assert shares | {"bits_per_char", "length"} <= set(figures)
-    assert all(0 <= figures[name] <= 1 for name in shares) and figures["bits_per_char"] > 0
-    too_long = sum(length_of(e) > 256 for e in examples_in(tiny_sft, "val"))
-    assert too_long and (figures["examples"], figures["too_long"]) == (12, too_long)
-    for text in ("12 held-out", "stories with all their words", f"{figures['bits_per_char']:.2f}",
-                 f"{figures['finished']:.1%}"):  # fmt: skip
-        assert text in done.stdout
-    other = figures_of(
-        tmp_path / "a" / "b" / "other.json", "--ckpt", pretrained, "--data", tiny_sft, "--num", 12
-    )
-    assert figures["bits_per_char"] < other["bits_per_char"] - 0.3  # the tuned model has learned something
-
-
-def greedy(model, prompt, limit):
-    """The likeliest token again and again, without cache or batch; whether it came to its end."""
-    ids = []
-    with torch.no_grad():
-        while len(ids) < limit and len(prompt) + len(ids) < model.config.block_size:
-            ids.append(model(torch.tensor([prompt + ids]))[0, -1].argmax().item())
-            if ids[-1] == 2:
-                return ids[:-1], 1.0
-    return ids, 0.0
-
-
-def test_figures_by_hand(spoilt, tuned, tmp_path):
-    """One example after another: the likeliest story of a slow reference, scored by hand from what was
-    asked.
-    """
-    path = find_checkpoints(tuned)[0]
-    model = build_model(read_checkpoint(path), path)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spoilt / "tokenizer.model"))
-    examples = [e for e in examples_in(spoilt, "val") if length_of(e) <= 256][:6]
-    scored = set()
-    for prompt, response in examples:
-        ids, finished = greedy(model, prompt, 256)
-        story, answer = tokenizer.decode(ids), tokenizer.decode(response)
-        asked = dict(line.split("：", 1) for line in tokenizer.decode(prompt).split("\n"))
-        grams = [story[i : i + 4] for i in range(len(story) - 3)]
-        expected = {
-            "length": len(story),
-            "finished": finished,
-            "repeat_4gram": 1 - len({*grams}) / len(grams),
-        }
-        expected |= {"reference_length": len(answer), "examples": 1, "too_long": 0}
-        if "词汇" in asked:
-            present = [word in story for word in asked["词汇"].split("，")]
-            expected |= {"words": sum(present) / len(present), "words_all": float(all(present))}
-        if "随机句子" in asked:
-            expected["sentence_exact"] = float(asked["随机句子"] in story)
-        if "对话" in asked.get("特点", "").split("，"):
-            expected["dialogue"] = float("“" in story)
-        np.array(prompt[1:] + response, dtype="<u2").tofile(spoilt / "val.bin")
-        reseal(spoilt)
-        figures = figures_of(tmp_path / "figures.json", "--ckpt", path, "--data", spoilt, "--temperature", 0)
-        assert {name: figures.get(name) for name in expected} == pytest.approx(expected)
-        others = {
-            "bits_per_char",
-            "sentence_lcs80",
-            "reference_repeat_4gram",
-            "consistent",
-            "reference_consistent",
-        }
-        assert figures.keys() - expected.keys() <= others
-        scored |= expected.keys()
-    assert {"words_all", "sentence_exact", "dialogue"} <= scored
-
-
-def test_figures_do_not_depend_on_how_many_stories_are_told_at_once(tuned, tiny_sft, tmp_path):
-    """A long instruction beside a short one must not cut the other's story."""
-    args = ("--ckpt", tuned, "--data", tiny_sft, "--num", 9, "--temperature", 0)
-    one, three, all_ = (figures_of(tmp_path / "a.json", *args, "--batch_size", size) for size in (1, 3, 50))
-    assert one["examples"] > 4
-    assert three == pytest.approx(one) and all_ == pytest.approx(one)
-
-
-def test_the_best_of_several(tuned, tiny_sft, tmp_path):
-    """Of the same samples the best has at least as many words as a single one; the heading says how many."""
-    args = ("--ckpt", tuned, "--data", tiny_sft, "--num", 20)
-    one, best = (
-        figures_of(tmp_path / "a.json", *args, "--best_of", n, "--batch_size", 8 * n) for n in (1, 8)
-    )
-    assert best["words"] > one["words"] and best["words_all"] >= one["words_all"] and best["examples"] == 20
-    assert "best of 8" in eval_here(*args, "--num", 2, "--best_of", 8).stdout
-    assert_one_line_error(eval_here(*args, "--best_of", 0), "--best_of 0")
-
-
-def test_two_checkpoints_side_by_side(tuned, tiny_sft, tmp_path):
-    """A column each, in the order given; the file has the figures of the last."""
-    new, old = find_checkpoints(tuned)
-    args = ("--data", tiny_sft, "--num", 5)
-    columns = [figures_of(tmp_path / "one.json", "--ckpt", path, *args) for path in (old, new)]
-    done = eval_here("--ckpt", old, "--ckpt", new, *args, "--json", tmp_path / "two.json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "two.json").read_text()) == columns[1] != columns[0]
-    (head,) = [line for line in done.stdout.splitlines() if old.name in line]
-    assert head.split() == [old.name, new.name, "references"]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("characters in a story")]
-    expected = [columns[0]["length"], columns[1]["length"], columns[0]["reference_length"]]
-    assert line.split()[-3:] == [f"{value:.2f}" for value in expected]
-
-
-def test_the_same_seed_gives_the_same_figures(tuned, tmp_path):
-    """Without --data, that of the checkpoint; another seed tells other stories of the same references."""
-    args = ("--ckpt", tuned, "--num", 6)
-    one, again, other = (figures_of(tmp_path / "a.json", *args, "--seed", seed) for seed in (7, 7, 8))
-    assert one == again and one["length"] != other["length"]
-    assert (
-        one["bits_per_char"] == other["bits_per_char"]
-        and one["reference_length"] == other["reference_length"]
-    )
-
-
-def test_show(tuned):
-    """The first stories of each checkpoint, and no more."""
-    for show in (0, 1, 3):
-        done = eval_here("--ckpt", tuned, "--num", 6, "--show", show)
-        assert done.stdout.split("held-out")[0].count("\n---\n") == max(show - 1, 0)
-
-
-# ---- Bad input -------------------------------------------------------------------------------------
+# ---- Mistakes of the user --------------------------------------------------------------------------
 
 
 def test_what_is_not_there(tuned, tiny_data, tmp_path):
-    assert_one_line_error(eval_here("--ckpt", tmp_path / "none"), tmp_path / "none")
-    assert_one_line_error(eval_here("--ckpt", tmp_path), tmp_path, "ckpt_*.pt")
-    assert_one_line_error(
-        eval_here("--ckpt", tuned, "--data", tmp_path / "none"), tmp_path / "none", "prepare.py"
-    )
-    assert_one_line_error(
-        eval_here("--ckpt", tuned, "--data", tiny_data), tiny_data, "instructions", "--task sft"
-    )
-    assert_one_line_error(eval_here(), "--ckpt")
-    assert_one_line_error(
-        run_script("-m", "tools.eval", "--ckpt", tmp_path / "none", check=False), tmp_path / "none"
-    )
-    (tmp_path / "file").write_text("a file")
-    done = eval_here("--ckpt", tmp_path / "none", "--json", tmp_path / "file" / "a.json")
-    assert_one_line_error(done, tmp_path / "file")  # at once, before anything is evaluated
+    none = tmp_path / "none"
+    (tmp_path / "file").touch()
+    assert_refused(tool, [], "--ckpt")
+    assert_refused(tool, ["--ckpt", none], none)
+    assert_refused(tool, ["--ckpt", tmp_path], tmp_path, "ckpt_*.pt")
+    assert_refused(tool, ["--ckpt", tuned, "--data", none], none, "prepare.py")
+    assert_refused(tool, ["--ckpt", tuned, "--data", tiny_data], tiny_data, "--task sft")
+    # At once, before the checkpoint is read.
+    assert_refused(tool, ["--ckpt", none, "--json", tmp_path / "file" / "a.json"], tmp_path / "file")
 
 
 @pytest.mark.parametrize(
-    ("key", "values"),
+    "option",
     [
-        ("num", ["0", "-1", "x"]),
-        ("batch_size", ["0", "1.5"]),
-        ("temperature", ["-1", "nan", "hot"]),
-        ("top_k", ["-1"]),
-        ("top_p", ["0", "-1", "1.5", "nan"]),
-        ("seed", ["-1", str(2**64), "x"]),
-        ("device", ["banana"]),
+        "--num=0",
+        "--batch_size=0",
+        "--best_of=0",
+        "--top_p=0",
+        "--device=banana",
     ],
 )
-def test_bad_values(key, values, tuned):
-    """As sample.py refuses them."""
-    for value in values:
-        assert_one_line_error(eval_here("--ckpt", tuned, "--num", 1, f"--{key}={value}"), key)
+def test_bad_values(option, tuned):
+    assert_refused(tool, ["--ckpt", tuned, "--num=1", option], option.split("=")[1])
 
 
-def test_data_of_another_tokenizer(spoilt, tuned, pretrained, tmp_path):
-    state = read_checkpoint(pretrained)
-    torch.save(state | {"tokenizer": state["tokenizer"] + b"\x3a\x00"}, tmp_path / "other.pt")
-    assert_one_line_error(eval_here("--ckpt", tmp_path / "other.pt", "--data", spoilt), spoilt, "tokenizer")
-    (spoilt / "tokenizer.model").write_bytes(b"none")
-    assert_one_line_error(eval_here("--ckpt", tuned, "--data", spoilt), spoilt, "tokenizer")
-
-
-def test_no_example_fits(spoilt, tuned):
-    np.array([4, *[300] * 400, 5, 300, 2], dtype="<u2").tofile(spoilt / "val.bin")
-    reseal(spoilt)
-    assert_one_line_error(eval_here("--ckpt", tuned, "--data", spoilt), "val.bin", "256")
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "cut", "stories", "no end", "odd"])
-def test_damaged_examples(kind, spoilt, tuned):
-    """A token beyond the vocabulary is found by tools.check (test_check.py)."""
-    path = spoilt / "val.bin"
-    ids = np.fromfile(path, dtype="<u2")
-    damaged = {
-        "empty": ids[:0],
-        "cut": ids[:-2],
-        "stories": ids[ids != 5],
-        "no end": ids[ids != 2],
-        "odd": ids,
-    }
-    if kind == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(damaged[kind].astype("<u2").tobytes() + b"\0" * (kind == "odd"))
-        reseal(spoilt)
-    assert_one_line_error(eval_here("--ckpt", tuned, "--data", spoilt), "val.bin")
-
-
-def test_token_file_that_is_cut_to_one_example(spoilt, tuned, tmp_path):
-    """Few are no mistake."""
-    ids = np.fromfile(spoilt / "val.bin", dtype="<u2").tolist()
-    ends = [i + 1 for i, token in enumerate(ids) if token == 2]
-    short = next((a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b - a <= 256)
-    np.array(ids[slice(*short)], dtype="<u2").tofile(spoilt / "val.bin")
-    reseal(spoilt)
-    figures = figures_of(tmp_path / "a.json", "--ckpt", tuned, "--data", spoilt)
-    assert figures["examples"] == 1 and figures["too_long"] == 0
+def test_damaged_data(tuned, tiny_sft, tmp_path):
+    """Every kind of damage is in test_sft.py."""
+    data = shutil.copytree(tiny_sft, tmp_path / "data")
+    (data / "val.bin").write_bytes(b"")
+    reseal(data)
+    assert_refused(tool, ["--ckpt", tuned, "--data", data], "val.bin")
+    (data / "tokenizer.model").write_bytes(b"none")
+    assert_refused(tool, ["--ckpt", tuned, "--data", data], data, "tokenizer")
