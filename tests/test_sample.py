@@ -99,6 +99,11 @@ def test_where_there_is_no_choice_the_likeliest_story_is_told(options, loaded, t
     assert told == greedy(*loaded, "小兔说：", 40) + "\n"
 
 
+def test_a_repetition_penalty_avoids_what_has_occurred(tell):
+    told = tell("--num=1", "--temperature=0", "--prompt=。。。", "--repetition_penalty=100")
+    assert "。" not in told.removeprefix("。。。")
+
+
 @pytest.mark.parametrize(("asked", "told"), [(1, 1), (5, 5), (100, 37)])
 def test_a_token_costs_one_forward_pass_and_the_model_ends_when_it_is_full(asked, told):
     model = small_model()  # of 40 positions
@@ -190,25 +195,6 @@ def test_a_repetition_penalty_makes_what_has_occurred_less_likely():
         assert sample_token(logits, seen, 0, 1.0, 1.3, None).item() == 1
 
 
-def test_a_batch_with_a_cache_tells_what_each_sequence_tells_alone():
-    """Prompts of several lengths, a cache that grows twice, and a repetition penalty."""
-    model = small_model(block_size=256)
-    prompts = [[0, 3, 4, 5], [0], [0, 8, 9, 10, 11, 12]]
-    steps = list(generate(model, prompts, 140, end_token=0, temperature=0, repetition_penalty=1.2))
-    for prompt, told in zip(prompts, torch.stack(steps).T.tolist(), strict=True):
-        text = list(prompt)
-        for token in told:
-            logits = model(torch.tensor([text]))[:, -1]
-            seen = torch.zeros_like(logits, dtype=torch.bool)
-            seen[0, text] = True
-            seen[0, 0] = False  # each begins with the end token
-            assert token == sample_token(logits, seen, 0, 1.0, 1.2, None).item()
-            text.append(token)
-            if token == 0:
-                break
-    assert len(steps) == 140
-
-
 def test_sequences_that_have_ended_change_nothing_in_the_others():
     """They are computed no more, once they are a quarter."""
     model = small_model(block_size=80)
@@ -223,30 +209,6 @@ def test_sequences_that_have_ended_change_nothing_in_the_others():
     assert torch.equal(told, expected[: len(told)])
     assert len(told) == 70 or has_ended[len(told) - 1].all()
     assert min(widths) < 7
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("temperature", [0, 0.8])
-@pytest.mark.parametrize("prompts", [[[3, 4, 5], [7]], [[3, 4, 5]]])
-def test_compiled_decoding_tells_the_same(prompts, temperature):
-    model = small_model(block_size=256)
-    options = {"max_new_tokens": 150, "end_token": 0, "temperature": temperature}  # the cache grows twice
-    plain = list(generate(model, prompts, **options))
-    compiled = list(generate(model, prompts, **options, compile=True))
-    assert torch.equal(torch.stack(plain), torch.stack(compiled))
-    assert len(plain) == 150
-
-
-@pytest.mark.long
-def test_compiled_decoding_is_compiled_once():
-    """Prompts and stories of other lengths ask for no other program, though the cache grows."""
-    torch.compiler.reset()
-    model = small_model(block_size=256)
-    decode = functools.partial(generate, model, end_token=96, temperature=0, compile=True)
-    list(decode([[7] * 2], 24))
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for length, new in ((3, 40), (9, 60), (30, 200), (100, 5), (130, 100)):
-            assert len(list(decode([[7] * length], new))) == new
 
 
 # ---- Whole characters ------------------------------------------------------------------------------
@@ -358,6 +320,7 @@ def test_a_tuned_model_that_is_asked_for_nothing_shows_its_example(tuned, tmp_pa
     done = sample_here("--ckpt", tuned, "--num=1")
     assert done.stdout == sample_here("--ckpt", tuned, "--num=1", "--instruction", example).stdout
     assert done.stderr.startswith("asked for: ") and "--words" in done.stderr
+    assert sample_here("--ckpt", tuned, "--prompt=从前").stderr == ""
     del state["prompt"]
     torch.save(state, tmp_path / "old.pt")
     assert_refused(sample, ["--ckpt", tmp_path / "old.pt"], "old.pt", "--words")
@@ -417,8 +380,15 @@ def test_an_answer_comes_before_the_next_question(pretrained, tell):
     assert process.returncode == 0
 
 
-def typed_input(text):
-    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii")
+@pytest.fixture
+def type_in(monkeypatch):
+    """Makes bytes what is on standard input."""
+
+    def type_in(typed):
+        stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="ascii")
+        monkeypatch.setattr(sys, "stdin", stdin)
+
+    return type_in
 
 
 @pytest.mark.parametrize(
@@ -430,19 +400,22 @@ def typed_input(text):
         ("\n\n", [("", "")]),
     ],
 )
-def test_questions_left_at_the_end_are_skipped(typed, answers, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", typed_input(typed))
+def test_questions_left_at_the_end_are_skipped(typed, answers, type_in):
+    type_in(typed.encode())
     assert [tuple(answer.values()) for answer in sample.ask(["词汇", "特点"])] == answers
 
 
-def test_what_is_typed_is_what_the_options_say(tuned, monkeypatch, capsys):
+def test_what_is_typed_is_what_the_options_say(tuned, type_in, monkeypatch, capsys):
     """A byte order mark is no part of an answer."""
-    options = ("--num=2", "--max_new_tokens=30")
-    arguments = ["--ckpt", str(tuned), "--device=cpu", "--dtype=float32", "--interactive"]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, *options])
-    monkeypatch.setattr(sys, "stdin", typed_input("\ufeff帽子；消防员\u200b\r\n"))
+    options = ("--ckpt", str(tuned), "--device=cpu", "--dtype=float32", "--max_new_tokens=30")
+    expected = run_here(sample, *options, "--words=帽子,消防员").stdout
+    monkeypatch.setattr(sys, "argv", ["sample.py", *options, "--interactive"])
+    type_in("\ufeff帽子；消防员\u200b\r\n".encode())
     sample.main()
-    assert capsys.readouterr().out == sample_here("--ckpt", tuned, *options, "--words=帽子,消防员").stdout
+    assert capsys.readouterr().out == expected
+    type_in(b"\xb4\xd3\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        sample.main()
 
 
 def test_no_input_to_read_answers_from(monkeypatch):

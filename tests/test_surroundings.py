@@ -35,7 +35,6 @@ def assert_continues_uncompiled(done, problem):
     (line,) = done.stderr.splitlines()
     assert f"does not work here ({problem}" in line
     assert "continuing without it" in line
-    assert "TORCHINDUCTOR_CACHE_DIR" in line
 
 
 def test_without_a_compiler_it_trains_and_samples_uncompiled(tiny_data, tmp_path, monkeypatch):
@@ -116,7 +115,6 @@ OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
         (MemoryError(), "out of memory (none left)"),
         (KeyboardInterrupt(), "interrupted"),
         (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"),
-        (OSError("the disk is gone"), "the disk is gone"),
     ],
 )
 def test_an_error_of_the_machine_is_one_line(error, line):
