@@ -1,10 +1,13 @@
 """The model: it computes what Llama and Qwen3 compute, and its fast paths compute what the slow ones do.
 
-logits, parameters and first weights     beside transformers, and counted by hand
-attention                                beside a slow loop in float64; texts of a batch do not mix
-the KV cache                             tells what the whole sequence tells
-the loss                                 that of all logits, without all of them in memory
-shapes that cannot be
+Its promises, in the order of this file:
+
+    the whole       logits and gradients of transformers; parameters counted by hand; how weights begin
+    attention       that of a slow loop in float64; the texts of a batch do not mix
+    decoding        a KV cache, batches and compiling tell what the whole sequence tells
+    the loss        that of all logits, without all of them in memory
+
+tests/test_cuda.py repeats the main ones on a GPU.
 """
 
 import dataclasses
@@ -214,7 +217,7 @@ def test_a_text_is_read_as_if_it_were_alone():
     assert_near(loss, all_logits_loss(alone, targets))
 
 
-# ---- The KV cache ----------------------------------------------------------------------------------
+# ---- Decoding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

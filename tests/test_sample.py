@@ -1,11 +1,15 @@
 """Sampling stories: sample.py as a user types it, and the functions that generate and write tokens.
 
-what comes out          the same stories for a seed, written as they are generated; as many as asked for
-how tokens are chosen   beside a loop without cache or batch, and the distribution worked out by hand
-whole characters        a story may be cut anywhere: half a character is never written
-prompts, instructions   how a story begins, what it shall have, and the best of several
-questions and answers   --interactive
-mistakes                each ends in one line
+Its promises, in the order of this file:
+
+    what comes out          the same stories for a seed, written as they are generated; as many as asked for
+    how tokens are chosen   as often as they are likely; a story that has ended disturbs no other
+    whole characters        a story may be cut anywhere: half a character is never written
+    prompts, instructions   how a story begins, what it shall have, and the best of several
+    questions and answers   --interactive
+    mistakes                each ends in one line; a checkpoint runs no code
+
+tests/test_model.py compares the batches of `generate` with the plain model.
 """
 
 import functools
