@@ -331,10 +331,12 @@ def test_a_tuned_model_that_is_asked_for_nothing_shows_its_example(tuned, tmp_pa
 
 
 def test_the_best_is_one_of_the_stories_of_its_seed(tuned):
-    options = ("--ckpt", tuned, "--words=森林", "--seed=3", "--max_new_tokens=60")
-    best = sample_here(*options, "--best_of=4").stdout
-    several = sample_here(*options, "--num=4").stdout
-    assert best.strip() in several.strip().split("\n---\n")
+    """Of a prompt only the beginning of the story is printed."""
+    options = ("--ckpt", tuned, "--words=森林", "--prompt=从前", "--seed=3", "--max_new_tokens=60")
+    several = sample_here(*options, "--num=4").stdout.strip().split("\n---\n")
+    assert all(story.startswith("从前") for story in several)
+    best = sample_here(*options, "--best_of=4").stdout.strip()
+    assert best in several
 
 
 @pytest.mark.parametrize(
