@@ -254,22 +254,21 @@ def test_a_cache_with_documents_or_without_positions_is_refused():
 
 
 def test_a_batch_tells_what_each_sequence_tells_alone():
-    """Prompts of several lengths, a cache that grows twice, and a repetition penalty."""
+    """Prompts of several lengths, a repetition penalty, a cache that grows twice; the last sequence ends."""
     model = small_model(block_size=256)
-    prompts = [[0, 3, 4, 5], [0], [0, 8, 9, 10, 11, 12]]
-    steps = list(generate(model, prompts, 140, end_token=0, temperature=0, repetition_penalty=1.2))
+    prompts = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
+    steps = list(generate(model, prompts, 140, end_token=20, temperature=0, repetition_penalty=1.2))
+    assert steps[139].eq(20).tolist() == [False, False, True]
     for prompt, told in zip(prompts, torch.stack(steps).T.tolist(), strict=True):
         text = list(prompt)
         for token in told:
             logits = model(torch.tensor([text]))[:, -1]
             seen = torch.zeros_like(logits, dtype=torch.bool)
             seen[0, text] = True
-            seen[0, 0] = False  # each begins with the end token
             assert token == sample_token(logits, seen, 0, 1.0, 1.2, None).item()
             text.append(token)
-            if token == 0:
+            if token == 20:
                 break
-    assert len(steps) == 140
 
 
 @pytest.mark.long
