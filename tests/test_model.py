@@ -83,9 +83,11 @@ def test_weights_begin_small_and_smaller_where_they_add_to_the_residual_stream()
     model = GPT(dataclasses.replace(small_model().config, n_embd=256))
     block = model.blocks[0]
     for linear in (model.embedding, block.attention.q_proj, block.mlp.up_proj):
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        std = linear.weight.std().item()
+        assert std == pytest.approx(0.02, rel=0.05)
     for linear in (block.attention.o_proj, block.mlp.down_proj):
-        assert linear.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+        std = linear.weight.std().item()
+        assert std == pytest.approx(0.02 / 6**0.5, rel=0.05)
     assert model.norm.weight.eq(1).all()
 
 
@@ -292,7 +294,8 @@ def test_compiled_decoding_is_compiled_once():
     list(decode([[7] * 2], 24))
     with torch.compiler.set_stance("fail_on_recompile"):
         for length, new in ((3, 40), (9, 60), (30, 200), (100, 5), (130, 100)):
-            assert len(list(decode([[7] * length], new))) == new
+            steps = list(decode([[7] * length], new))
+            assert len(steps) == new
 
 
 # ---- The loss --------------------------------------------------------------------------------------
