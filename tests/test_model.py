@@ -241,7 +241,7 @@ def test_a_cache_tells_what_the_whole_sequence_tells(qk_norm):
         token = tokens[row, length][:, None]
         logits = model(token, positions=length[:, None], cache=cache)
         assert_near(logits[:, 0], expected[row, length])
-        length = length + 1
+        length += 1
 
 
 def test_a_cache_with_documents_or_without_positions_is_refused():
