@@ -151,7 +151,7 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     limit = Path("/sys/fs/cgroup/cpu.max")  # of a container: CPU time and the period it is for, in µs
     if limit.exists():
-        cpu_time, period = limit.read_text().split()
+        cpu_time, period = limit.read_text(encoding="ascii").split()
         if cpu_time != "max":
             cores = min(cores, max(1, int(cpu_time) // int(period)))
     return cores

@@ -1,119 +1,134 @@
-"""What is promised where the machine is not as expected: no compiler, another terminal, leftover variables."""
+"""What is promised where the machine is not as expected.
 
-import fcntl
+In the order of this file:
+
+    torch.compile    no compiler, an old one, one behind a launcher: it says so and works without it
+    errors           of the memory, the disk, the compiler: one line
+    environment      variables that another job left over
+    streams          closed ones, a full disk, a console without Chinese
+    the terminal     closes: the run is saved; nohup: it goes on
+    cores            as many threads as a container may use
+
+tests/test_train.py and tests/test_prepare.py have full disks and locks.
+"""
+
+import io
 import os
 import pty
 import shutil
-import signal
-import socket
-import struct
 import subprocess
 import sys
-import termios
-import time
+import types
 
 import pytest
-from conftest import ROOT, assert_one_line_error, metrics_of, run_script, tiny
+import torch
+from helpers import ROOT, assert_one_line_error, run_here, run_script, tiny, wait_for_step
 
-from common.checkpoint import read_checkpoint
-
-FOREVER = {"max_iters": 100_000, "save_interval": 100_000, "eval_interval": 100_000, "log_interval": 1}
-
-
-def program(path, text):
-    """A shell script that can be run."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
+import sample
+import sft
+import train
+from common import files, run
+from common.checkpoint import choose_compiler, read_checkpoint
+from common.files import report_errors
 
 # ---- torch.compile ---------------------------------------------------------------------------------
 
 
-def assert_continues_uncompiled(done, *words):
-    """One line on standard error, with these words, and the work is done."""
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("torch.compile does not work here"), line
-    for word in (*words, "continuing without it", "g++", "TORCHINDUCTOR_CACHE_DIR"):
-        assert word in line, (word, line)
+def assert_continues_uncompiled(done, problem):
+    """It says so in one line."""
+    (line,) = done.stderr.splitlines()
+    assert problem in line
+    assert "torch.compile does not work here" in line
+    assert "continuing without it" in line
 
 
-def train_compiled(data, out, python=sys.executable, **env):
-    command = [python, "train.py", *tiny(data_dir=data, out_dir=out, max_iters=1, compile=True)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env)
+def test_without_a_compiler_it_trains_and_samples_uncompiled(tiny_data, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("No working C++ compiler found\ng++: error: no such option\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    done = run_here(train, *tiny(data_dir=tiny_data, out_dir=tmp_path, max_iters=1, compile=True))
+    assert_continues_uncompiled(done, "(g++: error: no such option)")
+    story = ("--ckpt", tmp_path, "--device=cpu", "--dtype=float32", "--num=1", "--max_new_tokens=5")
+    done = run_here(sample, *story, "--compile")
+    assert_continues_uncompiled(done, "(g++: error: no such option)")
+    assert done.stdout == run_here(sample, *story).stdout
 
 
-@pytest.fixture
-def old_compiler(tmp_path):
-    """A PATH whose g++ does not know what PyTorch asks for."""
-    refusal = "g++: error: unrecognized command line option '-std=c++20'"
-    version = '[ "$1" = --version ] && echo "g++ 4.8.5" && exit'
-    program(tmp_path / "bin" / "g++", f'{version}\necho "{refusal}" >&2\nexit 1')
-    return {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [("sh", None), ("ccache g++", (None, "g++")), ("no-such-g++ -m64", (None, "no-such-g++"))],
+)
+def test_the_compiler_is_found_behind_a_launcher(name, taken, monkeypatch):
+    """PyTorch takes CXX for the name of one program."""
+    from torch._inductor import config
+
+    monkeypatch.setenv("CXX", name)
+    with config.patch({"cpp.cxx": None}):
+        choose_compiler()
+        assert config.cpp.cxx == taken
 
 
-def test_an_old_compiler(old_compiler, tiny_data, tmp_path):
-    done = train_compiled(tiny_data, tmp_path / "out", **old_compiler)
-    assert_continues_uncompiled(done, "unrecognized command line option")
-    assert read_checkpoint(tmp_path / "out")["step"] == 1
-
-
-def test_an_old_compiler_in_sampling(old_compiler, pretrained):
-    """The story on standard output is not mixed with the message."""
-    args = ("sample.py", "--ckpt", pretrained, "--device", "cpu", "--num", 1, "--max_new_tokens", 5)
-    done = run_script(*args, "--compile", **old_compiler)
-    assert_continues_uncompiled(done, "unrecognized command line option")
-    assert done.stdout == run_script(*args).stdout
-
-
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_spaces_in_a_path(tiny_data, tmp_path):
-    """Of PyTorch's cache, and of the virtual environment."""
-    done = train_compiled(tiny_data, tmp_path / "a", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "my cache"))
-    assert_continues_uncompiled(done, "error", "spaces")
-    environment = tmp_path / "My Projects" / ".venv"
-    environment.parent.mkdir()
-    environment.symlink_to(sys.prefix)
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = train_compiled(tiny_data, tmp_path / "b", environment / "bin" / "python", **cache)
-    assert_continues_uncompiled(done, "spaces")
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_a_compiler_behind_a_launcher(tmp_path):
-    """CXX="ccache g++" is a compiler, for PyTorch too, which takes CXX for one name."""
-    program(tmp_path / "bin" / "ccache", 'exec "$@"')
-    code = "import torch; from common.checkpoint import *; print(try_compile(double, torch.device('cpu')) is double)"
-    env = {"CXX": "ccache g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = run_script("-c", code, **env, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
-    assert done.stdout == "False\n" and done.stderr == ""
+@pytest.mark.parametrize(
+    ("program", "text", "cache", "problem"),
+    [
+        ("g++", "echo g++: error: -std=c++20 >&2; exit 1", "cache", "g++: error: -std=c++20"),
+        ("ccache", 'exec "$@"', "cache", None),
+        ("ccache", 'exec "$@"', "my cache", "error"),
+    ],
+)
+def test_compilers_old_and_hidden(program, text, cache, problem, tiny_data, tmp_path):
+    """And a folder whose name has a space."""
+    path = tmp_path / program
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    settings = tiny(data_dir=tiny_data, out_dir=tmp_path / "out", max_iters=1, compile=True)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CXX": "ccache g++"}
+    done = run_script("train.py", *settings, **env, TORCHINDUCTOR_CACHE_DIR=f"{tmp_path}/{cache}")
+    if problem:
+        assert_continues_uncompiled(done, problem)
+    else:
+        assert done.stderr == ""
 
 
 def test_a_cache_that_cannot_be_written(tiny_data, tmp_path):
     """PyTorch then cannot even be loaded: one line says which folder to change."""
-    (tmp_path / "file").write_text("")
-    cache = tmp_path / "file" / "cache"
-    fresh = {"PYTHONUTF8": "1"}  # a process that has not loaded PyTorch already
-    done = train_compiled(tiny_data, tmp_path / "out", TORCHINDUCTOR_CACHE_DIR=str(cache), **fresh)
-    assert_one_line_error(done, cache, "TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    settings = tiny(data_dir=tiny_data, out_dir=tmp_path / "out")
+    done = run_script("train.py", *settings, check=False, TORCHINDUCTOR_CACHE_DIR=f"{tmp_path}/file/cache")
+    assert_one_line_error(done, tmp_path / "file" / "cache", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def test_a_compiler_that_breaks_later():
-    """After the trial: one line, from every program."""
-    code = """
-from common.files import report_errors
-from torch._inductor.exc import CppCompileError, InductorError
-def main():
-    raise InductorError(CppCompileError(["g++"], "a.cpp: note\\ncc1plus: fatal error: Killed\\nmore"), None)
-report_errors(main)"""
-    done = run_script("-c", code, check=False)
-    assert_one_line_error(done, "torch.compile", "fatal error: Killed", "--compile=False")
+# ---- Errors of the machine -------------------------------------------------------------------------
+
+InductorError = type("InductorError", (RuntimeError,), {})
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InductorError("a.cpp: note\nfatal error: Killed\nmore"), "(fatal error: Killed); leave it out"),
+        (OutOfMemoryError("2 GB\nmore"), "out of memory (2 GB); try a smaller batch_size"),
+        (RuntimeError("can't allocate memory"), "out of memory (can't allocate memory)"),
+        (MemoryError(), "out of memory (none left)"),
+        (KeyboardInterrupt(), "interrupted"),
+        (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"),
+    ],
+)
+def test_an_error_of_the_machine_is_one_line(error, line):
+    def fail():
+        raise error
+
+    done = run_here(types.SimpleNamespace(__file__="a.py", main=fail), check=False)
+    assert_one_line_error(done, line)
+
+
+def test_a_mistake_of_the_program_is_not_hidden():
+    with pytest.raises(RuntimeError):
+        report_errors(lambda: torch.ones(2) @ torch.ones(3))
 
 
 # ---- Variables of another job ----------------------------------------------------------------------
@@ -122,138 +137,100 @@ JOB = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT"
 
 
 @pytest.mark.parametrize(
-    "env, words",
+    ("variables", "words"),
     [
-        ({"RANK": "0"}, ("RANK is set", "WORLD_SIZE is not", "unset RANK")),
-        ({"WORLD_SIZE": "2"}, ("WORLD_SIZE is set", "RANK is not", "unset WORLD_SIZE")),
-        ({"RANK": "node-a"}, ("RANK = 'node-a'", "not a number", "unset RANK")),
-        (JOB | {"MASTER_ADDR": ""}, ("MASTER_ADDR is not", "unset RANK WORLD_SIZE")),
-        (JOB | {"MASTER_PORT": "http"}, ("MASTER_PORT = 'http'", "not a number")),
-        (JOB | {"MASTER_PORT": "99999"}, ("MASTER_PORT = 99999", "65535")),
-        (JOB | {"RANK": "2"}, ("RANK = 2", "WORLD_SIZE = 2", "from 0")),
+        ({"RANK": "0"}, "RANK is set, but WORLD_SIZE is not; start with torchrun, or unset RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not; start with torchrun, or unset WORLD_SIZE"),
+        ({"RANK": "node-a"}, "RANK = 'node-a' is not a number"),
+        (
+            JOB | {"MASTER_ADDR": ""},
+            "RANK is set, but MASTER_ADDR is not; start with torchrun, or unset RANK WORLD_SIZE",
+        ),
+        (JOB | {"MASTER_PORT": "http"}, "MASTER_PORT = 'http' is not a number"),
+        (
+            JOB | {"MASTER_PORT": "99999"},
+            "RANK = 0, WORLD_SIZE = 2, MASTER_ADDR = localhost, MASTER_PORT = 99999",
+        ),
+        (JOB | {"RANK": "2"}, "RANK = 2, WORLD_SIZE = 2: ranks count from 0"),
     ],
 )
-def test_variables_left_over_from_a_cluster(env, words, tiny_data, tmp_path):
-    done = run_script("train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path), check=False, **env)
-    assert_one_line_error(done, "environment", *words)
+def test_variables_left_over_from_a_cluster(variables, words, tiny_data, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = run_here(train, *tiny(data_dir=tiny_data, out_dir=tmp_path), check=False)
+    assert_one_line_error(done, f"environment: {words}")
+    assert "--out_dir=" in run_here(sft, "--help").stdout
 
 
-@pytest.mark.parametrize("script", [["train.py"], ["sft.py"], ["-m", "tools.dpo"]])
-def test_help_needs_no_variables(script, tmp_path):
-    assert "--out_dir=" in run_script(*script, "--help", RANK="node-a").stdout
-    done = run_script(*script, f"--out_dir={tmp_path}", check=False, RANK="node-a")
-    assert_one_line_error(done, "RANK = 'node-a'")
+# ---- Streams and the terminal ----------------------------------------------------------------------
 
 
-def test_a_port_of_another_job(tiny_data, tmp_path):
-    with socket.create_server(("localhost", 0)) as other:
-        env = JOB | {"WORLD_SIZE": "1", "MASTER_PORT": str(other.getsockname()[1])}
-        done = run_script("train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path), check=False, **env)
-    assert_one_line_error(done, "MASTER_PORT", "in use")
+def in_shell(*command):
+    words = " ".join(map(str, [sys.executable, *command]))
+    return subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True)
 
 
-# ---- Standard streams and the terminal -------------------------------------------------------------
-
-CLOSED = ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"]
-
-
-@pytest.mark.parametrize("closed", CLOSED)
-def test_closed_streams(closed, tiny_data, pretrained, tmp_path):
-    """prepare.py, train.py and sample.py do their work; what has no place to go is not written."""
+def test_with_all_streams_closed_the_work_is_done(tiny_data, pretrained, tmp_path):
     stories = tiny_data.parent / "stories.jsonl"
-    prepare = ["prepare.py", stories, "--out_dir", tmp_path / "data", "--vocab_size", 2000]
-    train = ["train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path / "out")]
-    sample = ["sample.py", "--ckpt", pretrained, "--device", "cpu", "--num", 1, "--max_new_tokens", 2]
-    for command in (prepare, train, sample):
-        words = " ".join(map(str, command))
-        done = subprocess.run(f"{sys.executable} {words} {closed}", shell=True, cwd=ROOT, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert bool(done.stdout) == (closed == "2>&-")
+    for command in (
+        ["prepare.py", stories, "--out_dir", tmp_path / "data", "--vocab_size", 2000],
+        ["train.py", *tiny(data_dir=tiny_data, out_dir=tmp_path / "out")],
+        ["sample.py", "--ckpt", pretrained, "--max_new_tokens=2"],
+    ):
+        assert in_shell(*command, "<&- >&- 2>&-").returncode == 0
     assert (tmp_path / "data" / "train.bin").stat().st_size > 10_000
     assert read_checkpoint(tmp_path / "out")["step"] == 12
 
 
-def test_streams_that_are_none(tiny_data, tmp_path):
+def test_output_that_cannot_be_written(pretrained):
+    done = in_shell("sample.py", "--ckpt", pretrained, "--max_new_tokens=2", ">/dev/full")
+    assert_one_line_error(done, "No space left")
+
+
+def test_streams_that_are_none(monkeypatch):
     """As pythonw starts programs."""
-    code = "import sys; sys.stdout = sys.stderr = None; import train; train.report_errors(train.main)"
-    run_script("-c", code, *tiny(data_dir=tiny_data, out_dir=tmp_path))
-    assert read_checkpoint(tmp_path)["step"] == 12
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    report_errors(lambda: print("nobody sees it", file=sys.stderr))
 
 
-def in_a_terminal(*command):
-    """Start a command in a terminal of its own. Returns the process's number, and the terminal's other end."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execvp(command[0], list(map(str, command)))
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    return pid, terminal
+def test_a_console_without_chinese_shows_codes(monkeypatch):
+    console = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding="gbk"))
+    report_errors(lambda: print("猫😀"))
+    assert console.getvalue().decode("gbk") == "猫\\U0001f600\n"
 
 
-def wait_for_steps(out, steps):
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < steps:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def exit_status(pid):
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def test_a_terminal_that_closes(tiny_data, tmp_path):
-    """The run is saved, as after Ctrl-C, although its bar writes to the terminal all the time."""
-    out = tmp_path / "out"
-    settings = tiny(data_dir=tiny_data, out_dir=out, **FOREVER)
-    pid, terminal = in_a_terminal(sys.executable, "train.py", *settings)
-    wait_for_steps(out, 4)
-    assert b"step/s" in os.read(terminal, 65536)
+@pytest.mark.skipif(not shutil.which("setsid"), reason="no setsid here")
+@pytest.mark.parametrize("nohup", [[], ["nohup"]])
+def test_a_run_whose_terminal_closes_is_saved_and_ends(nohup, tiny_data, tmp_path):
+    """As after Ctrl-C, although its bar writes to the terminal all the time. Under nohup it goes on."""
+    forever = {"max_iters": 100_000, "save_interval": 100_000, "eval_interval": 100_000, "log_interval": 1}
+    settings = tiny(data_dir=tiny_data, out_dir=tmp_path, **forever)
+    terminal, inside = pty.openpty()
+    command = ["setsid", "--ctty", *nohup, sys.executable, ROOT / "train.py", *settings]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=inside, stdout=inside, stderr=inside)
+    os.close(inside)
+    wait_for_step(process, tmp_path, 4)
     os.close(terminal)
-    assert exit_status(pid) == 0
-    assert read_checkpoint(out)["step"] == metrics_of(out)[-1]["step"] >= 4
-
-
-def test_nohup_trains_on(tiny_data, tmp_path):
-    out = tmp_path / "out"
-    settings = tiny(data_dir=tiny_data, out_dir=out, **FOREVER)
-    command = f'exec nohup "$@" >{tmp_path}/log 2>&1'
-    pid, terminal = in_a_terminal("sh", "-c", command, "sh", sys.executable, "train.py", *settings)
-    wait_for_steps(out, 4)
-    os.close(terminal)
-    wait_for_steps(out, len(metrics_of(out)) + 5)
-    os.kill(pid, signal.SIGTERM)
-    assert exit_status(pid) == 0
-    assert "stopped and saved at step" in (tmp_path / "log").read_text()
+    if nohup:
+        wait_for_step(process, tmp_path, 30)
+        process.terminate()
+    assert process.wait(timeout=60) == 0
+    assert read_checkpoint(tmp_path)["step"] >= 4
 
 
 # ---- Cores -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shutil.which("taskset"), reason="no taskset here")
-def test_one_core_of_several():
-    """One worker process, and one thread of PyTorch."""
-    code = "import prepare, torch; print(prepare.usable_cores(), torch.get_num_threads())"
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    core = min(os.sched_getaffinity(0))
-    command = ["taskset", "-c", str(core), sys.executable, "-c", code]
-    assert subprocess.check_output(command, cwd=ROOT, env=env, text=True).split() == ["1", "1"]
-
-
-LIMIT = """mount -t tmpfs none /sys/fs/cgroup && echo "100000 100000" >/sys/fs/cgroup/cpu.max && exec "$@" """
-
-
-@pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare here")
-def test_a_container_of_one_core():
+@pytest.mark.parametrize(("limit", "cores"), [("max", 4), ("100000", 1), ("250000", 2), ("50000", 1)])
+def test_a_container_may_use_fewer_cores_than_it_sees(limit, cores, tmp_path, monkeypatch):
     """docker --cpus=1 shows all cores, and gives the time of one."""
-    code = """if True:
-        import torch, prepare
-        from common.run import configure_pytorch
-        torch.set_num_threads(2)
-        configure_pytorch(True)
-        print(prepare.usable_cores(), torch.get_num_threads())"""
-    command = ["unshare", "-Urm", "sh", "-c", LIMIT, "sh", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if "mount" in done.stderr:
-        pytest.skip("this machine does not let us mount")
-    assert done.stdout.split() == ["1", "1"], done.stderr
+    file = tmp_path / "cpu.max"
+    file.write_text(f"{limit} 100000\n")
+    monkeypatch.setattr(files, "Path", lambda path: file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    assert files.usable_cores() == cores
+    torch.set_num_threads(3)
+    run.configure_pytorch(True)
+    assert torch.get_num_threads() == min(3, cores)
