@@ -1,118 +1,157 @@
-"""tools.bench: fair implementations that take turns, rows as promised. tools.estimate: against runs and by
-hand.
+"""tools.bench measures this program beside transformers; tools.estimate counts what a config will take.
+
+Of the benchmark: models of one size, the same work for each, turns, medians, ratios to the best baseline. Of
+the estimate: it equals what an H200 measured, and counts what a config says.
 """
 
 import functools
 import json
 import math
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_script, script_here
+from helpers import ROOT, assert_refused, meta_of, run_here, small_model
 
-from model import GPT, ModelConfig
-from sample import generate
 from tools import bench
 from tools import estimate as estimate_tool
-from tools.dpo import PreferenceDataset, preference_loss
 from tools.dpo import Settings as DpoSettings
+from tools.dpo import log_probs
 from tools.estimate import estimate, estimate_memory
 from train import Settings, new_model
 
-NAMES = ("this", "transformers", "transformers' GPT-2")
+CONFIGS = ROOT / "config"
+
+# ---- What is measured ------------------------------------------------------------------------------
 
 
-def test_implementations_are_of_one_size():
+@pytest.mark.parametrize("name", ["this", "transformers", "transformers' GPT-2"])
+def test_models_of_one_size_with_the_same_loss(name):
+    """The mean over all targets: before training near the logarithm of the vocabulary."""
     pytest.importorskip("transformers")
-    sizes = [sum(p.numel() for p in bench.build_model(name, 1000).parameters()) for name in NAMES]
-    assert max(sizes) < 1.03 * min(sizes)
+    model = bench.build_model(name, 1000)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(19.8e6, rel=0.02)
+    loss = bench.mean_loss(model, torch.randint(1000, (2, 40)))
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.05)
 
 
-def test_losses_are_means_over_the_same_targets():
-    """Of untrained models: near the logarithm of the vocabulary."""
-    pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 300, (2, 40))
-    for name in NAMES:
-        loss = bench.mean_loss(bench.build_model(name, 300), tokens)
-        assert loss.item() == pytest.approx(math.log(300), rel=0.05)
+@pytest.fixture
+def model(monkeypatch):
+    """A small model in the place of the one that is measured."""
+    small = small_model(vocab_size=8, block_size=bench.LENGTH)
+    monkeypatch.setattr(bench, "build_model", lambda name, vocab_size: small)
+    monkeypatch.setattr(bench, "try_compile", lambda function, device: function)
+    monkeypatch.setattr(bench, "SMALL_VOCABULARY", 8)
+    return small
 
 
-def test_generation_does_not_end_early():
-    """With -1 as the end token, as in the benchmark, every sequence takes all steps; here all 8 tokens
-    occur.
-    """
-    torch.manual_seed(0)
-    shape = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "head_dim": 8, "n_embd": 8, "intermediate_size": 8}
-    model = GPT(ModelConfig(vocab_size=8, block_size=200, **shape))
-    tokens = torch.stack(list(generate(model, [[1], [2, 3]], 150, -1, temperature=1.0)))
-    assert tokens.shape == (150, 2)
-    assert set(tokens.flatten().tolist()) == set(range(8))
+def test_a_step_trains_all_weights(model):
+    before = [p.clone() for p in model.parameters()]
+    bench.prepare_training("this", 8, 2, torch.float32)()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert not old.equal(new) and new.grad is None
 
 
-def waiting(seconds, log):
+def test_generation_does_not_end_early(model):
+    """Although each of the eight tokens is likely."""
+    steps = []
+    model.register_forward_hook(lambda *args: steps.append(1))
+    bench.prepare_generation("this", (3, 5.0, torch.float32))()
+    assert len(steps) == bench.NEW_TOKENS
+
+
+# ---- Turns, medians, rows --------------------------------------------------------------------------
+
+
+def waiting(name, log):
+    """An implementation that logs its turns, of which the second takes long."""
+
     def wait():
         with open(log, "a") as f:
-            f.write(f"{seconds} ")
-        time.sleep(seconds)
+            f.write(name)
+        if log.read_text().count(name) == 2:
+            time.sleep(0.6)
 
     return wait
 
 
-def not_installed():
-    raise ImportError("No module named 'nowhere'")
-
-
-def too_large():
-    return lambda: bytes(1 << 60)
-
-
-def test_implementations_take_turns(tmp_path, capsys):
-    log = str(tmp_path / "log")
-    implementations = {
-        "slow": functools.partial(waiting, 0.2, log),
-        "absent": not_installed,
-        "large": too_large,
-        "fast": functools.partial(waiting, 0.01, log),
-    }
+def test_implementations_take_turns(tmp_path):
+    log = tmp_path / "log"
+    implementations = {name: functools.partial(waiting, name, log) for name in "ab"}
     seconds, peaks = bench.benchmark(implementations, rounds=3)
-    printed = capsys.readouterr().out
-    assert list(seconds) == list(peaks) == ["slow", "fast"]
-    assert "nowhere" in printed and "large: MemoryError" in printed
-    assert seconds["slow"] >= 0.2 > seconds["fast"] >= 0.01
-    assert peaks["fast"] > 1e6
-    assert (tmp_path / "log").read_text().split() == ["0.2", "0.01"] * 4  # once to warm up, then in turn
+    assert log.read_text() == "abababab"  # once to warm up, then in turn
+    assert max(seconds.values()) < 0.15  # the median; the mean is 0.2
+    assert min(peaks.values()) > 1e7
 
 
-def test_ours_must_run():
-    with pytest.raises(MemoryError):
-        bench.benchmark({"this": too_large}, rounds=1)
+class NoProcess:
+    """In the place of an executor with a process of its own."""
+
+    def __init__(self, **options):
+        self.shutdown = lambda: None
+
+    def submit(self, function, *args):
+        self.result = functools.partial(function, *args)
+        return self
+
+
+@pytest.mark.parametrize("error", [ImportError, MemoryError, RuntimeError])
+def test_a_baseline_that_cannot_run_is_left_out(error, monkeypatch, capsys):
+    def fails():
+        raise error("no such thing")
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", NoProcess)
+    seconds, _ = bench.benchmark({"this": lambda: time.time, "other": fails}, rounds=1)
+    assert list(seconds) == ["this"]
+    assert f"other: {error.__name__} no such thing; left out" in capsys.readouterr().out
+    with pytest.raises(error):
+        bench.benchmark({"this, --compile": fails}, rounds=1)
 
 
 def test_ratios_are_to_the_best_baseline(capsys):
-    values = {"this": 30.0, "this, --compile": 60.0, "transformers": 20.0, "slow": 10.0}
-    rows = [
-        (row.get("baseline"), row.get("ratio")) for row in bench.compare("speed", "tokens a second", values)
-    ]
-    assert rows == [("transformers", 1.5), ("transformers", 3.0), (None, None), (None, None)]
+    values = {"this": 30.0, "transformers": 20.0, "slow": 10.0}
+    ours, theirs, _ = bench.compare("speed", "tokens a second", values)
+    assert ours == theirs | {
+        "name": "speed, this",
+        "value": 30.0,
+        "baseline": "transformers",
+        "ratio": 1.5,
+    }
     assert "1.50x transformers" in capsys.readouterr().out
-    assert bench.compare("memory", "GiB", values, best=min)[0]["baseline"] == "slow"
-    assert "ratio" not in bench.compare("speed", "tokens a second", {"this": 30.0})[0]
+    ours, _, _ = bench.compare("memory", "GiB", values, best=min)
+    assert ours["baseline"] == "slow"
+
+
+def test_what_the_parts_report(monkeypatch):
+    """If everything took two seconds and 3 GiB."""
+
+    def benchmark(implementations, rounds):
+        return {"this": 2.0}, {"this": 3 * 2**30}
+
+    monkeypatch.setattr(bench, "benchmark", benchmark)
+    monkeypatch.setattr(bench, "matmul_flops", lambda *args: 1e12)
+    training, products, *_ = bench.bench_train(1)
+    assert training["value"] == 8 * 512 / 2
+    assert products["value"] == 1
+    (memory,) = bench.bench_memory(1)
+    assert memory["value"] == 3
+    speeds = [row["value"] for row in bench.bench_decode(1)]
+    assert speeds == [64, 64, 64, 64, 1024, 1024, 4096, 4096]
 
 
 def test_rows_are_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench.PARTS, "train", lambda rounds: bench.compare("a", "unit", {"this": rounds}))
-    done = script_here(bench.main, "bench", "train", "--rounds", "2", "--json", tmp_path / "rows.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows == [{"name": "a, this", "value": 2, "unit": "unit"}]
+    parts = {"a": lambda rounds: [rounds], "b": lambda rounds: [10 + rounds]}
+    monkeypatch.setattr(bench, "PARTS", parts)
+    path = tmp_path / "rows.json"
+    run_here(bench, "--json", path)
+    assert json.loads(path.read_text()) == [3, 13]
+    run_here(bench, "b", "--rounds=1", "--json", path)
+    assert json.loads(path.read_text()) == [11]
 
 
 def test_mistakes():
-    assert_one_line_error(script_here(bench.main, "bench", "trian"), "trian", "train")
-    assert_one_line_error(script_here(bench.main, "bench", "train", "--rounds", "0"), "--rounds")
+    assert_refused(bench, ["trian"], "trian", "train")
+    assert_refused(bench, ["train", "--rounds=0"], "--rounds")
 
 
 # ---- The estimate ----------------------------------------------------------------------------------
@@ -122,94 +161,79 @@ def test_the_estimate_equals_what_an_h200_did():
     """docs/benchmarks.md: 927,000 tokens/s were 34% of the 776 TFLOP/s measured there, with 9,596 MiB of
     memory.
     """
-    e = estimate(ROOT / "config" / "microstories.py", 8192, 0)
+    e = estimate(CONFIGS / "microstories.py", 8192, 0)
     assert 0.34 * 776e12 / e.flops_per_token == pytest.approx(927_000, rel=0.02)
     assert e.memory / 2**20 == pytest.approx(9_596, rel=0.1)
     assert e.steps * e.tokens_per_step == 10_000 * 64 * 4 * 512
 
 
-def test_flops_by_hand():
-    """Of a config with every number written out: 6 for each weight of a matrix, and attention to half the
-    sequence.
-    """
-    e = estimate(ROOT / "config" / "microstories_chatglm.py", 64_789, 0)
-    layer = 512 * 6 * 48 * 4 + 3 * 512 * 768
-    assert e.parameters == 64_789 * 512 + 6 * layer + (2 * 6 + 1) * 512
-    assert e.flops_per_token == 6 * (64_789 * 512 + 6 * layer) + 6 * 6 * 512 * 6 * 48
-
-
 def test_a_row_for_every_config():
-    configs = sorted((ROOT / "config").glob("*.py"))
-    done = run_script("-m", "tools.estimate", *configs, "--gpu", "4090")
-    header, titles, *rows = done.stdout.splitlines()
-    assert header.startswith("4090: 165 TFLOP/s") and titles.endswith("hours at 45%")
+    """Its hours: all products at the speed of the data sheet, divided by the share of it that is reached."""
+    configs = sorted(CONFIGS.glob("micro*.py"))
+    header, _, *rows = run_here(estimate_tool, *configs, "--gpu=4090").stdout.splitlines()
+    assert header.startswith("4090: 165 TFLOP/s")
     assert [row.split()[0] for row in rows] == [config.name for config in configs]
+    e = estimate(configs[0], 8192, 0)
+    flops = e.steps * e.tokens_per_step * e.flops_per_token
+    hours = flops / 165e12 / 3600
+    *_, at_35, at_45 = rows[0].split()
+    assert at_35 == f"{hours / 0.35:.2f}"
+    assert at_45 == f"{hours / 0.45:.2f}"
 
 
-def test_hours(capsys):
-    """All products at the speed of the data sheet, divided by the share that is reached."""
-    config = ROOT / "config" / "microstories.py"
-    estimate_tool.print_estimates([config], "3090", 8192, 0)
-    *_, at_35, at_45 = capsys.readouterr().out.splitlines()[-1].split()
-    e = estimate(config, 8192, 0)
-    seconds = e.steps * e.tokens_per_step * e.flops_per_token / 71e12
-    assert float(at_35) == pytest.approx(seconds / 3600 / 0.35, abs=0.01)
-    assert float(at_45) == pytest.approx(seconds / 3600 / 0.45, abs=0.01)
+def test_a_config_that_does_not_fit(tmp_path):
+    (tmp_path / "large.py").write_text("batch_size = 1000\n")
+    assert "large.py: does not fit" in run_here(estimate_tool, tmp_path / "large.py").stdout
 
 
 def test_steps_of_tuning():
     """They come from the epochs; of preferences each pair has two sequences."""
-    e = estimate(ROOT / "config" / "microstories_sft.py", 8192, 12_800)
-    assert e.steps == 3 * 12_800 // 128
-    e = estimate(ROOT / "config" / "microstories_dpo.py", 8192, 0)
+    assert estimate(CONFIGS / "microstories_sft.py", 8192, 12_801).steps == 301
+    e = estimate(CONFIGS / "microstories_dpo.py", 8192, 0)
     assert e.steps == 20_000 // 32 and e.tokens_per_step == 8 * 4 * 512 * 2
 
 
 def test_the_prepared_data_counts(tmp_path, tiny_data):
     config = tmp_path / "mine.py"
-    config.write_text(
-        f'data_dir = "{tiny_data.as_posix()}"\nblock_size = 100\nbatch_size = 1\nepochs = 1.0\n'
-    )
-    meta = json.loads((tiny_data / "meta.json").read_text())
+    config.write_text(f"data_dir = '{tiny_data}'\nblock_size = 100\nbatch_size = 1\nepochs = 1.0\n")
     e = estimate(config, 8192, 0)
-    assert e.steps == meta["train"]["tokens"] // 100
-    assert e.parameters == new_model(Settings(), meta["vocab_size"]).count_parameters()
+    assert e.steps == meta_of(tiny_data)["train"]["tokens"] // 100
+    assert e.parameters == new_model(Settings(), 2000).count_parameters()
 
 
 def test_estimates_that_cannot_be(tmp_path):
-    main = estimate_tool.main
-    assert_one_line_error(
-        script_here(main, "estimate", "config/microstories.py", "--gpu", "abacus"), "abacus", "3090"
-    )
+    assert_refused(estimate_tool, ["config/microstories.py", "--gpu=abacus"], "abacus", "3090")
     (tmp_path / "mine.py").write_text('init_from = "out/other"\n')
-    assert_one_line_error(script_here(main, "estimate", tmp_path / "mine.py"), "mine.py", "other.py")
+    assert_refused(estimate_tool, [tmp_path / "mine.py"], "mine.py", "other.py")
 
 
 def test_memory_of_pairs_is_near_what_autograd_keeps():
     """Of both stories of each pair, with the logits of every token and, backward, two gradients of them."""
-    shape = {
-        "n_layer": 4,
-        "n_head": 4,
-        "n_kv_head": 4,
-        "head_dim": 64,
-        "n_embd": 256,
-        "intermediate_size": 768,
-    }
-    model = GPT(ModelConfig(vocab_size=8000, block_size=256, **shape))
-    data = PreferenceDataset(Path("made up"), [([5] * 20, [6] * 200, [7] * 150)] * 4, 256, 0, 0)
-    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    model = small_model(
+        vocab_size=8000,
+        block_size=64,
+        n_layer=4,
+        head_dim=32,
+        n_embd=256,
+        intermediate_size=768,
+    )
+    tokens = torch.randint(8000, (4, 2, 64))
+    kept = {}  # by their addresses
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+        return kept.setdefault(tensor.data_ptr(), tensor)
 
-    s = DpoSettings(block_size=256, batch_size=4)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        preference_loss(model, data.sequences(range(4)), s)
-    activations = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
-    # Muon has one float32 for each weight of a block's matrices, AdamW two for the rest; weights and
-    # gradients.
+        log_probs(model, {"tokens": tokens, "targets": tokens})
+    for p in model.parameters():
+        kept.pop(p.data_ptr(), None)
+    activations = sum(tensor.nbytes for tensor in kept.values())
+    gradients_of_logits = 2 * 4 * tokens.numel() * 8000
+    # Weights and gradients, one moment of Muon's for the blocks' matrices, two of AdamW's for the rest.
     muons = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    state = 12 * muons + 16 * (sum(p.numel() for p in model.parameters()) - muons)
-    expected = state + activations + 2 * 4 * (4 * 2 * 256) * 8000
-    assert estimate_memory(model, s, number_size=4) == pytest.approx(expected, rel=0.2)
+    state = 16 * model.count_parameters() - 4 * muons
+    s = DpoSettings(block_size=64, batch_size=4)
+    found = estimate_memory(model, s, number_size=4)
+    assert found - state == pytest.approx(activations + gradients_of_logits, rel=0.2)
+    s.optimizer = "adamw"
+    assert estimate_memory(model, s, number_size=4) == found + 4 * muons

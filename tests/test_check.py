@@ -1,5 +1,8 @@
-"""tools/check.py finds what the programs do not look for: real damage in prepared folders and in
-checkpoints.
+"""tools/check.py looks for damage that the other programs do not look for.
+
+It answers "ok: " for what prepare.py, train.py and sft.py have written, and else says in one line which file
+is damaged, and where. It runs no code from the file, and no claim in a file makes it fill the memory. First
+whole files, then damage to prepared folders, then to checkpoints.
 """
 
 import json
@@ -10,17 +13,15 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, reseal, run_script, script_here, tuning
+from helpers import assert_refused, meta_of, reseal, run_here, run_script, tuning
 
-import tools.check
-
-
-def check(path):
-    return script_here(tools.check.main, "tools/check.py", path)
+import prepare
+import sft
+from tools import check
 
 
 def flip(path, at):
-    """Change one bit of the byte at this place; a place below 0 counts from the end."""
+    """Change one bit of the byte at this place."""
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
@@ -28,242 +29,183 @@ def flip(path, at):
 
 @pytest.fixture
 def data(tiny_data, tmp_path):
+    """A prepared folder to be damaged."""
     return shutil.copytree(tiny_data, tmp_path / "data")
 
 
 @pytest.fixture
-def sft_data(tiny_sft, tmp_path):
-    return shutil.copytree(tiny_sft, tmp_path / "sft")
+def file(pretrained, tmp_path):
+    """A checkpoint to be damaged."""
+    return shutil.copy(pretrained, tmp_path / "ckpt_000020.pt")
 
 
 @pytest.fixture
-def damaged(pretrained, tmp_path):
-    """A function that saves the checkpoint as `change` left it."""
+def refused(pretrained, tmp_path):
+    """A function that changes what a checkpoint holds, and asserts that it is refused with these words."""
 
-    def save(change):
+    def save_and_check(change, *words):
         checkpoint = torch.load(pretrained, weights_only=True)
         change(checkpoint)
-        torch.save(checkpoint, tmp_path / "ckpt_000001.pt")
-        return tmp_path / "ckpt_000001.pt"
+        torch.save(checkpoint, tmp_path / "a.pt")
+        assert_refused(check, [tmp_path / "a.pt"], *words)
 
-    return save
+    return save_and_check
+
+
+# ---- Whole files -----------------------------------------------------------------------------------
 
 
 def test_the_command(tiny_data):
-    assert run_script("-m", "tools.check", tiny_data).stdout.startswith(f"ok: {tiny_data}: ")
+    done = run_script("-m", "tools.check", tiny_data)
+    assert done.stdout.startswith(f"ok: {tiny_data}: ") and done.stdout.endswith("stories, 2000 pieces\n")
 
 
 def test_whole_files(tiny_sft, pretrained, tuned):
-    assert check(tiny_sft).stdout.startswith("ok: ")
-    assert check(pretrained).stdout.startswith(f"ok: {pretrained}: step 20, ")
-    assert "step 60" in check(tuned).stdout  # the newest of the run
+    assert run_here(check, tiny_sft).stdout.startswith("ok: ")
+    assert run_here(check, pretrained).stdout.startswith(f"ok: {pretrained}: step 20, ")
+    assert "ckpt_000060.pt: step 60" in run_here(check, tuned).stdout  # the newest of the run
 
 
-def test_adapters_and_a_merged_model(pretrained, tiny_sft, tmp_path):
-    run_script(*tuning(pretrained, tiny_sft, tmp_path, lora_rank=2, max_iters=2, save_interval=2))
-    assert "ok: " in check(tmp_path).stdout
-    run_script("sft.py", f"--out_dir={tmp_path}", "--merge=True")
-    assert "ok: " in check(tmp_path / "merged.pt").stdout
-    checkpoint = torch.load(tmp_path / "ckpt_000002.pt", weights_only=True)
-    checkpoint["lora"]["rank"] = 3
-    torch.save(checkpoint, tmp_path / "other.pt")
-    assert_one_line_error(check(tmp_path / "other.pt"), "other.pt", "parametrizations", "(3, ")
+def test_adapters(pretrained, tiny_sft, tmp_path):
+    run_here(sft, *tuning(pretrained, tiny_sft, tmp_path, lora_rank=2, max_iters=1))
+    assert "ok: " in run_here(check, tmp_path).stdout
+
+
+def test_what_is_neither(tmp_path):
+    assert_refused(check, [tmp_path / "none"], "none", "No such file")
+    assert_refused(check, [tmp_path], tmp_path, "no prepared data")
 
 
 # ---- Prepared folders ------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit(data):
-    flip(data / "train.bin", 2 * 1234)
-    assert_one_line_error(check(data), "train.bin", "SHA-256")
-
-
-def test_a_token_beyond_the_vocabulary(data):
-    tokens = np.fromfile(data / "val.bin", dtype="<u2")
-    tokens[[77, 99]] = 2000, 65535
-    tokens.tofile(data / "val.bin")
-    reseal(data)
-    meta = json.loads((data / "meta.json").read_text())
-    assert_one_line_error(check(data), "val.bin", "token number 77 is 2000", meta["vocab_size"])
-
-
-def test_a_truncated_file(data):
-    for cut in (1, 2):  # an odd length, and an even one
-        os.truncate(data / "train.bin", (data / "train.bin").stat().st_size - cut)
-        assert_one_line_error(check(data), "train.bin", "meta.json says")
-
-
-def test_an_instruction_without_a_response(sft_data):
-    tokens = np.fromfile(sft_data / "train.bin", dtype="<u2")
-    at = np.flatnonzero(tokens == 2)[2]  # the end of the third example
-    tokens[at] = tokens[at - 1]
-    tokens.tofile(sft_data / "train.bin")
-    reseal(sft_data)
-    assert_one_line_error(check(sft_data), "train.bin", "do not alternate")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"vocab_size": "2000"}, {"train": 3}, {"end_token": None}, {"vocab_size": 1999},
-     {"tokenizer_sha256": "0" * 64}, {"end_token": 1}, {"template": "{instruction}"}],
-)  # fmt: skip
-def test_meta(change, data):
-    meta = json.loads((data / "meta.json").read_text()) | change
-    (data / "meta.json").write_text(json.dumps(meta))
-    assert_one_line_error(check(data), "")
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff", b'{"train": {"tokens": 1}}'])
-def test_meta_that_is_none(content, data):
-    (data / "meta.json").write_bytes(content)
-    assert_one_line_error(check(data), data)
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model"])
+def test_a_flipped_bit(name, data):
+    flip(data / name, 1234)
+    assert_refused(check, [data], name, "SHA-256")
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer.model", "train.bin", "val.bin"])
 def test_a_missing_file(name, data):
     (data / name).unlink()
-    assert_one_line_error(check(data), name)
+    assert_refused(check, [data], name)
 
 
-def test_a_damaged_tokenizer(data):
-    for at in (10, 1000, -10):
-        flip(data / "tokenizer.model", at)
-        assert_one_line_error(check(data), "tokenizer.model")
-        reseal(data)  # now only the tokenizer itself can tell
-        assert check(data).returncode in (0, 2)
+def test_a_truncated_file(data):
+    os.truncate(data / "train.bin", 1000)
+    assert_refused(check, [data], "train.bin: has 1,000 bytes, meta.json says")
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------
+def test_a_token_beyond_the_vocabulary(data):
+    tokens = np.fromfile(data / "val.bin", dtype="<u2")
+    tokens[77:99] = 2000
+    tokens.tofile(data / "val.bin")
+    reseal(data)
+    assert_refused(check, [data], "val.bin", "token number 77 is 2000")
 
 
-def test_flipped_bits(pretrained, tmp_path):
-    """Inside a weight the CRC finds it, and so it does in the pickle."""
-    path = shutil.copy(pretrained, tmp_path / "ckpt_000020.pt")
-    with zipfile.ZipFile(path) as archive:
-        places = {
-            e.filename: e.header_offset + 200
-            for e in archive.infolist()
-            if e.filename.endswith(("pkl", "/3"))
-        }
-    for name, at in places.items():
-        flip(path, at)
-        assert_one_line_error(check(path), path, name)
-        flip(path, at)
-    assert check(tmp_path).returncode == 0
-
-
-def test_a_truncated_checkpoint(pretrained, tmp_path):
-    path = shutil.copy(pretrained, tmp_path / "ckpt_000020.pt")
-    for size in (path.stat().st_size // 2, 100, 0):
-        os.truncate(path, size)
-        assert_one_line_error(check(path), path, "zip")
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_code_is_not_run(damaged, tmp_path):
-    path = damaged(lambda c: c.update(extra=Malicious(str(tmp_path / "hacked"))))
-    assert_one_line_error(check(path), path)
-    assert not (tmp_path / "hacked").exists()
-
-
-def test_a_zip_bomb(pretrained, tmp_path):
-    with (
-        zipfile.ZipFile(pretrained) as old,
-        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            new.writestr(name, bytes(1 << 24) if name.endswith("/0") else old.read(name))
-    assert_one_line_error(check(tmp_path / "a.pt"), "a.pt", "fill the memory")
-
-
-WEIGHT = "blocks.1.mlp.up_proj.weight"
-
-
-def not_finite(c):
-    c["model"][WEIGHT][3, 4] = float("nan")
-
-
-def missing_weight(c):
-    del c["model"][WEIGHT]
-
-
-def half(c):
-    c["model"][WEIGHT] = c["model"][WEIGHT].half()
-
-
-def expanded(c):
-    c["model"]["embedding.weight"] = torch.zeros(1, 1).expand(10**6, 32)
-
-
-def many_layers_of_one(c):
-    layer = {name: weight for name, weight in c["model"].items() if name.startswith("blocks.1.")}
-    for i in range(2, 200):
-        c["model"] |= {name.replace("1", str(i), 1): weight for name, weight in layer.items()}
-    c["model_config"]["n_layer"] = 200
-
-
-def other_shape(c):
-    c["model_config"]["intermediate_size"] = 10**12
-
-
-def many_layers(c):
-    c["model_config"]["n_layer"] = 10**12
-
-
-def endless_setting(c):
-    value = "x"
-    for _ in range(60):
-        value = [value, value]  # 2**60 strings, if they are ever written out
-    c["settings"]["seed"] = value
-
-
-def no_step(c):
-    c["step"] = "20"
-
-
-def smaller_model(c):
-    c["model"]["embedding.weight"] = c["model"]["embedding.weight"][:1999].clone()
-    c["model_config"]["vocab_size"] = 1999
-
-
-def other_tokenizer(c):
-    c["tokenizer"] = c["tokenizer"][:1000]
-
-
-def no_template(c):
-    c["template"] = "{response}"
+def test_an_instruction_without_a_response(tiny_sft, tmp_path):
+    folder = shutil.copytree(tiny_sft, tmp_path / "sft")
+    tokens = np.fromfile(folder / "train.bin", dtype="<u2")
+    ends = np.flatnonzero(tokens == meta_of(folder)["end_token"])
+    tokens[ends[2]] = 500
+    tokens.tofile(folder / "train.bin")
+    reseal(folder)
+    assert_refused(check, [folder], "train.bin", "do not alternate")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "found"),
     [
-        (not_finite, [WEIGHT, "finite"]),
-        (missing_weight, [WEIGHT, "missing"]),
-        (half, [WEIGHT, "float32"]),
-        (expanded, ["share"]),
-        (many_layers_of_one, ["share"]),
-        (other_shape, ["weight", "1000000000000"]),
-        (many_layers, ["1000000000000 layers, not 2"]),
-        (endless_setting, ["seed"]),
-        (no_step, ["damaged"]),
-        (smaller_model, ["tokenizer", "pieces", "1,999"]),
-        (other_tokenizer, ["tokenizer"]),
-        (no_template, ["template"]),
+        ({"vocab_size": 1999}, "another vocab_size"),
+        ({"end_token": 1}, "another vocab_size or end_token"),
+        ({"train": 3}, "damaged"),
+        ({"template": "{instruction}"}, "the template"),
     ],
 )
-def test_damaged_entries(change, words, damaged):
-    assert_one_line_error(check(damaged(change)), *words)
+def test_a_wrong_entry_of_meta(change, found, data):
+    meta = meta_of(data) | change
+    (data / "meta.json").write_text(json.dumps(meta))
+    assert_refused(check, [data], found)
 
 
-def test_mistakes_of_the_user(tmp_path):
-    assert_one_line_error(check(tmp_path / "none"), "none", "No such file")
-    assert_one_line_error(check(tmp_path), tmp_path, "no prepared data")
-    (tmp_path / "text").write_text("no checkpoint")
-    assert_one_line_error(check(tmp_path / "text"), "text", "zip")
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
+def test_a_meta_that_is_none(content, data):
+    (data / "meta.json").write_bytes(content)
+    assert_refused(check, [data], data)
+
+
+# ---- The file of a checkpoint ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [200, 100_000])
+def test_a_flipped_bit_in_a_checkpoint(at, file):
+    """In the entry with the names of the weights, and in a weight."""
+    flip(file, at)
+    assert_refused(check, [file], f"{file}: wrong CRC of its entry")
+
+
+@pytest.mark.parametrize("size", [100_000, 100, 0])
+def test_a_truncated_checkpoint(size, file):
+    os.truncate(file, size)
+    assert_refused(check, [file], file, "zip")
+
+
+def test_a_zip_bomb(tmp_path):
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    assert_refused(check, [path], path, "fill the memory")
+
+
+class Malicious:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_code_is_not_run(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda c: c.update(extra=Malicious()), "a.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
+# ---- What a checkpoint holds -----------------------------------------------------------------------
+
+WEIGHT = "blocks.1.mlp.up_proj.weight"
+ONE_NAN = torch.zeros(48, 32)
+ONE_NAN[3, 4] = torch.nan
+ENDLESS = "x"
+for _ in range(60):
+    ENDLESS = [ENDLESS, ENDLESS]  # 2**60 strings, if they are ever written out
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "found"),
+    [
+        ("model", WEIGHT, ONE_NAN, "not finite"),
+        ("model", WEIGHT, torch.zeros(48, 32).half(), "is not a float32 tensor of (48, 32)"),
+        ("model", WEIGHT, torch.zeros(32, 48), "is not a float32 tensor of (48, 32)"),
+        ("model", "head.weight", torch.zeros(1), "head.weight is missing, or not one"),
+        ("model", WEIGHT, torch.zeros(1).expand(10**9), "share what they store"),
+        ("model_config", "n_layer", 10**12, "1000000000000 layers, not 2"),
+        ("model_config", "intermediate_size", 10**12, "1000000000000"),
+        ("settings", "seed", ENDLESS, "'seed' is not text or a number"),
+        ("", "template", ENDLESS, "'template' is not text or a number"),
+        ("", "template", "{response}", "the template '{response}'"),
+        ("", "step", "20", "damaged"),
+        ("", "tokenizer", b"none", "(tokenizer): not a SentencePiece model"),
+    ],
+)
+def test_a_wrong_entry(part, key, value, found, refused):
+    refused(lambda c: c.get(part, c).update({key: value}), found)
+
+
+def test_a_missing_weight(refused):
+    refused(lambda c: c["model"].pop(WEIGHT), f"{WEIGHT} is missing")
+
+
+def test_the_tokenizer_of_another_model(refused):
+    smaller = prepare.train_tokenizer(["一只小兔"] * 9, 300)
+    refused(lambda c: c.update(tokenizer=smaller), "pieces, the model 2,000")
