@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, metrics_of, run_script, script_here, tiny
+from helpers import ROOT, assert_one_line_error, metrics_of, run_here, run_script, tiny
 
 import train
 from common.checkpoint import find_checkpoints
@@ -20,7 +20,7 @@ needs_wandb = pytest.mark.skipif(not find_spec("wandb"), reason="wandb is not in
 
 
 def arguments(data_dir, out_dir, logger, **changes):
-    return ["train.py", *tiny(data_dir=data_dir, out_dir=out_dir, logger=logger, **changes)]
+    return tiny(data_dir=data_dir, out_dir=out_dir, logger=logger, **changes)
 
 
 def scalars(folder):
@@ -41,7 +41,7 @@ def figures(folder):
 
 @needs_tensorboard
 def test_tensorboard_shows_metrics(tiny_data, tmp_path):
-    done = script_here(train.main, *arguments(tiny_data, tmp_path / "out", "tensorboard"))
+    done = run_here(train, *arguments(tiny_data, tmp_path / "out", "tensorboard"))
     assert done.returncode == 0, done.stderr
     shown = scalars(tmp_path / "out")
     assert shown == figures(tmp_path / "out")
@@ -57,13 +57,15 @@ def test_tensorboard_after_a_kill(tiny_data, tmp_path):
     code += "def killed(s, step):\n    log = start(s, step)\n"
     code += "    return lambda line: (log(line), line['step'] < 13 or os.kill(os.getpid(), signal.SIGKILL))\n"
     code += "train.run.start_log = killed\ntrain.report_errors(train.main)"
-    done = run_script("-c", code, *options[1:], check=False)
+    done = run_script("-c", code, *options, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (
         max(step for _, step, _ in scalars(out)) == 13 and find_checkpoints(out)[0].name == "ckpt_000008.pt"
     )
     assert scalars(out) == figures(out)  # the kill took nothing
-    run_script(*options, "--resume=True")  # in a later second, by which TensorBoard orders its files
+    run_script(
+        "train.py", *options, "--resume=True"
+    )  # in a later second, by which TensorBoard orders its files
     assert scalars(out) == figures(out)
     assert [step for name, step, _ in scalars(out) if name == "loss"] == list(range(1, 21))
 
@@ -71,7 +73,7 @@ def test_tensorboard_after_a_kill(tiny_data, tmp_path):
 @needs_tensorboard
 def test_only_the_first_process_logs(tiny_data, tmp_path):
     options = arguments(tiny_data, tmp_path / "out", "tensorboard", gradient_accumulation_steps=2)
-    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options)
+    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *options)
     assert scalars(tmp_path / "out") == figures(tmp_path / "out")
 
 
@@ -79,7 +81,7 @@ def test_only_the_first_process_logs(tiny_data, tmp_path):
 def test_the_logger_may_change(tiny_data, tmp_path):
     out = tmp_path / "out"
     for last, logger in ((4, ""), (8, "tensorboard"), (12, "")):
-        done = script_here(train.main, *arguments(tiny_data, out, logger, max_iters=last), "--resume=True")
+        done = run_here(train, *arguments(tiny_data, out, logger, max_iters=last), "--resume=True")
         assert done.returncode == 0, done.stderr
     assert scalars(out) == [figure for figure in figures(out) if 4 < figure[1] <= 8]
 
@@ -87,13 +89,13 @@ def test_the_logger_may_change(tiny_data, tmp_path):
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_without_the_package(logger, tiny_data, tmp_path):
     code = f"import sys; sys.modules[{logger!r}] = None\nimport train; train.report_errors(train.main)"
-    options = arguments(tiny_data, tmp_path / "out", logger)[1:]
+    options = arguments(tiny_data, tmp_path / "out", logger)
     assert_one_line_error(run_script("-c", code, *options, check=False), "logger", logger)
     assert not metrics_of(tmp_path / "out") and not find_checkpoints(tmp_path / "out")
 
 
 def test_unknown_logger(tmp_path):
-    done = script_here(train.main, "train.py", "--logger=tensorbord", f"--out_dir={tmp_path / 'out'}")
+    done = run_here(train, "--logger=tensorbord", f"--out_dir={tmp_path / 'out'}", check=False)
     assert_one_line_error(done, "logger", "'tensorboard'", "'wandb'")
 
 
@@ -127,7 +129,7 @@ def test_wandb_offline(tiny_data, tmp_path):
     out = tmp_path / "out"
     for last in (8, 12):
         options = arguments(tiny_data, out, "wandb", max_iters=last)
-        run_script(*options, "--resume=True", WANDB_MODE="offline")
+        run_script("train.py", *options, "--resume=True", WANDB_MODE="offline")
     first, second = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
     assert first.name == second.name == f"run-{(out / 'wandb_id').read_text()}.wandb"
     expected = {}
@@ -143,7 +145,7 @@ def test_wandb_that_cannot_start(tiny_data, tmp_path):
     """Nobody is logged in, nobody is there to ask: one line says so before the first step."""
     home = {name: str(tmp_path) for name in ("HOME", "WANDB_CONFIG_DIR", "NETRC")}
     home |= {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, *arguments(tiny_data, tmp_path / "out", "wandb")]
+    command = [sys.executable, "train.py", *arguments(tiny_data, tmp_path / "out", "wandb")]
     done = subprocess.run(
         command,
         cwd=ROOT,

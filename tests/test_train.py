@@ -13,10 +13,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,16 +23,22 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     ROOT,
+    SHAPE,
     TINY,
+    as_two_processes,
     assert_one_line_error,
+    lines_of,
     meta_of,
     metrics_of,
     reseal,
+    run_here,
     run_script,
-    script_here,
+    same_state,
+    start_script,
     tiny,
+    wait_for_step,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,68 +50,15 @@ from common.files import UserError, load_tokenizer
 from model import GPT, IGNORE, ModelConfig
 from train import Muon, Settings, TokenDataset, learning_rate_at, orthogonalize
 
-SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
-MEASURED = ("tokens_per_second", "peak_memory")  # what differs from run to run
-
-
-run_here = functools.partial(script_here, train.main)
+attempt = functools.partial(run_here, check=False)
 
 
 def arguments(data_dir, out_dir, **changes):
-    return ["train.py", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *tiny(**changes)]
-
-
-def start(*args, **changes):
-    """Start `python ARGS` with these settings and go on at once."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *args, *arguments(**changes)[1:]]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_step(process, out_dir, step):
-    """Until metrics.jsonl has a line of this step or a later one."""
-    path = Path(out_dir) / "metrics.jsonl"
-    while not (
-        path.exists() and any(json.loads(x)["step"] >= step for x in path.read_text().split("\n")[:-1])
-    ):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
-def same(a, b):
-    """Equal bit for bit, whatever lies inside what."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            same(x, y)
-    else:
-        assert a == b
-
-
-def same_state(one, other):
-    """Two checkpoints hold the same weights, optimizers and step."""
-    one, other = read_checkpoint(one), read_checkpoint(other)
-    for key in one.keys() - {"settings", "seconds"}:
-        same(one[key], other[key])
-
-
-def lines_of(folder):
-    """The lines of metrics.jsonl without what is measured on the way."""
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder)]
+    return tiny(data_dir=data_dir, out_dir=out_dir, **changes)
 
 
 def config_of(data_dir):
-    return ModelConfig(vocab_size=meta_of(data_dir)["vocab_size"], **SHAPE)
+    return ModelConfig(vocab_size=meta_of(data_dir)["vocab_size"], block_size=32, **SHAPE)
 
 
 def meta_for(path):
@@ -182,8 +133,18 @@ def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
     found = {}
     for size, accumulated in ((8, 1), (2, 4)):
         out = tmp_path / f"{size}"
-        run_ = train_here(tiny_data, out, data, batch_size=size, gradient_accumulation_steps=accumulated, max_iters=1,
-                          log_interval=1, grad_clip=0.0, optimizer="adamw", learning_rate=1e-12)  # fmt: skip
+        run_ = train_here(
+            tiny_data,
+            out,
+            data,
+            batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            max_iters=1,
+            log_interval=1,
+            grad_clip=0.0,
+            optimizer="adamw",
+            learning_rate=1e-12,
+        )
         assert [len(b["tokens"]) for b in run_.batches] == [size] * accumulated
         found[size] = run_.gradients, metrics_of(out)[0]
     torch.manual_seed(5)
@@ -356,7 +317,7 @@ def test_learning_rates_by_hand():
 
 @pytest.mark.parametrize(("warmup", "reached"), [(50, "10%"), (5, "100%"), (4, "")])
 def test_a_run_that_is_all_warm_up_says_so(warmup, reached, tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", warmup_iters=warmup, max_iters=5))
+    done = attempt(train, *arguments(tiny_data, tmp_path / "out", warmup_iters=warmup, max_iters=5))
     found = [line for line in done.stdout.splitlines() if line.startswith(f"warmup_iters = {warmup}: ")]
     said = f"warmup_iters = {warmup}: all steps are warm-up, up to {reached} of learning_rate; lower it"
     assert (done.returncode, found) == (0, [said] if reached else [])
@@ -368,7 +329,7 @@ def test_a_first_save_that_fails(tiny_data, tmp_path):
     """The error names the file, and promises nothing of older checkpoints: there are none."""
     code = "import resource, signal, train; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1)); "
     code += "train.report_errors(train.main)"
-    done = run_script("-c", code, *arguments(tiny_data, tmp_path / "out")[1:], check=False)
+    done = run_script("-c", code, *arguments(tiny_data, tmp_path / "out"), check=False)
     assert_one_line_error(done, tmp_path / "out" / "ckpt_000004.pt", "File too large")
     assert "resume" not in done.stderr.splitlines()[-1] and not list((tmp_path / "out").glob("ckpt*"))
 
@@ -490,7 +451,7 @@ def whole_run(tiny_data, tmp_path_factory):
                 tmp_path_factory.mktemp("whole") / "out",
                 {"optimizer": optimizer, "eval_interval": 4},
             )
-            done = run_script(*arguments(tiny_data, out, **changes))
+            done = run_script("train.py", *arguments(tiny_data, out, **changes))
             made[optimizer] = SimpleNamespace(out=out, changes=changes, stdout=done.stdout, data=tiny_data)
         return made[optimizer]
 
@@ -538,7 +499,7 @@ def test_an_unfinished_checkpoint_is_removed(tiny_data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "ckpt_000003.pt.tmp").write_bytes(b"half")
-    assert run_here(*arguments(tiny_data, out)).returncode == 0
+    assert attempt(train, *arguments(tiny_data, out)).returncode == 0
     assert sorted(p.name for p in out.iterdir()) == [
         "ckpt_000008.pt",
         "ckpt_000012.pt",
@@ -554,7 +515,7 @@ def test_a_run_that_begins_again_begins_its_log_again(tiny_data, tmp_path):
     (out / "metrics.jsonl").write_text(
         '{"step": 0, "tokens": 0, "val_loss": 9.0}\n{"step": 2, "loss": 1.0}\n'
     )
-    assert run_here(*arguments(tiny_data, out)).returncode == 0
+    assert attempt(train, *arguments(tiny_data, out)).returncode == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10, 12]
     assert lines[0]["val_loss"] == pytest.approx(math.log(config_of(tiny_data).vocab_size), rel=0.02)
@@ -607,8 +568,16 @@ def test_evaluation_by_hand(whole, tmp_path):
 
 def test_real_stories_are_learned(shared, tmp_path):
     """Validation loss well below the entropy of single tokens: the model has learned what follows what."""
-    run_script("prepare.py", shared / "zh_stories.jsonl", "--out_dir", tmp_path / "data", "--vocab_size", 4000,
-               "--val_fraction", 0.05)  # fmt: skip
+    run_script(
+        "prepare.py",
+        shared / "zh_stories.jsonl",
+        "--out_dir",
+        tmp_path / "data",
+        "--vocab_size",
+        4000,
+        "--val_fraction",
+        0.05,
+    )
     shape = {"n_embd": 96, "head_dim": 24, "intermediate_size": 192, "block_size": 64, "batch_size": 16}
     often = {
         "max_iters": 100,
@@ -665,7 +634,9 @@ def test_resume_is_exact(whole, tmp_path):
         f.write('{"step": 8, "tok')
     (out / "ckpt_000012.pt.tmp").write_bytes((out / "ckpt_000008.pt").read_bytes()[:1000])
     (out / "lock").write_text("process 1")
-    done = run_script(*arguments(whole.data, out, **whole.changes, resume=True, sample_interval=2))
+    done = run_script(
+        "train.py", *arguments(whole.data, out, **whole.changes, resume=True, sample_interval=2)
+    )
     assert "resuming at step 8" in done.stdout
     same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
     assert lines_of(out) == lines_of(whole.out)
@@ -678,7 +649,7 @@ def test_finished_run_resumed_changes_nothing(adamw, tmp_path):
     out = tmp_path / "out"
     stopped_at(adamw.out, out, 12)
     before = (out / "ckpt_000012.pt").read_bytes()
-    run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+    attempt(train, *arguments(adamw.data, out, **adamw.changes, resume=True))
     assert (out / "ckpt_000012.pt").read_bytes() == before and lines_of(out) == lines_of(adamw.out)
 
 
@@ -692,11 +663,11 @@ def test_resume_refuses_a_damaged_checkpoint(length, adamw, tmp_path):
     stopped_at(adamw.out, out, 8)
     (out / "ckpt_000012.pt").write_bytes(good[: int(length * len(good) if length < 1 else length)])
     before = files_of(out)
-    done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+    done = attempt(train, *arguments(adamw.data, out, **adamw.changes, resume=True))
     assert_one_line_error(done, "ckpt_000012.pt", "older")
     assert files_of(out) == before
     (out / "ckpt_000012.pt").unlink()  # as the line advises
-    assert run_here(*arguments(adamw.data, out, **adamw.changes, resume=True)).returncode == 0
+    assert attempt(train, *arguments(adamw.data, out, **adamw.changes, resume=True)).returncode == 0
     same_state(out / "ckpt_000012.pt", adamw.out / "ckpt_000012.pt")
 
 
@@ -707,7 +678,7 @@ LONGER = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_sequenc
 def alone(tiny_data, tmp_path_factory):
     """A longer run that nothing stopped, to compare those with that were."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    run_script(*arguments(tiny_data, out, **LONGER))
+    run_script("train.py", *arguments(tiny_data, out, **LONGER))
     return out
 
 
@@ -719,7 +690,7 @@ def test_signal_saves_and_tells_how_to_resume(number, folder, alone, tiny_data, 
         tmp_path / folder,
         LONGER | {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1},
     )
-    process = start("train.py", data_dir=tiny_data, out_dir=out, **changes)
+    process = start_script("train.py", *arguments(tiny_data, out, **changes))
     wait_for_step(process, out, 5)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
@@ -730,19 +701,19 @@ def test_signal_saves_and_tells_how_to_resume(number, folder, alone, tiny_data, 
     assert metrics_of(out)[-1]["step"] == step
     last = stdout.strip().splitlines()[-1]
     assert f"step {step}" in last and "--resume=True" in last
-    run_script(*arguments(tiny_data, out, **changes, resume=True))
+    run_script("train.py", *arguments(tiny_data, out, **changes, resume=True))
     same_state(out / "ckpt_000060.pt", alone / "ckpt_000060.pt")
     assert [x["step"] for x in metrics_of(out) if "loss" in x] == list(range(1, 61))
 
 
 def test_out_dir_that_holds_a_run(adamw):
-    done = run_here(*arguments(adamw.data, adamw.out, **adamw.changes))
+    done = attempt(train, *arguments(adamw.data, adamw.out, **adamw.changes))
     assert_one_line_error(done, adamw.out, "--resume=True")
     assert read_checkpoint(adamw.out)["step"] == 12
 
 
 def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, resume=True))
+    done = attempt(train, *arguments(tiny_data, tmp_path / "out", max_iters=1, resume=True))
     assert done.returncode == 0 and "starting from the beginning" in done.stdout
     assert read_checkpoint(tmp_path / "out")["step"] == 1
 
@@ -757,7 +728,7 @@ def test_minutes_end_a_run_in_time(tiny_data, tmp_path):
         "eval_interval": 10**7,
         "log_interval": 1,
     }
-    done = run_here(*arguments(tiny_data, tmp_path / "out", **options))
+    done = attempt(train, *arguments(tiny_data, tmp_path / "out", **options))
     assert done.returncode == 0, done.stderr
     last, lines = read_checkpoint(tmp_path / "out"), [x for x in metrics_of(tmp_path / "out") if "loss" in x]
     assert 3 <= last["seconds"] < time.perf_counter() - start < 30
@@ -774,10 +745,10 @@ def test_the_time_of_a_run_continues_when_it_is_resumed(adamw, tmp_path):
     state = read_checkpoint(out / "ckpt_000008.pt")
     assert 0 < state["seconds"] < read_checkpoint(out / "ckpt_000008.pt").get("seconds") + 1
     torch.save(state | {"seconds": 5999.5}, out / "ckpt_000008.pt")
-    assert run_here(*arguments(adamw.data, out, **options, max_iters=9)).returncode == 0
+    assert attempt(train, *arguments(adamw.data, out, **options, max_iters=9)).returncode == 0
     capped = read_checkpoint(out)
     assert capped["step"] == 9 and capped["seconds"] > 5999.5
-    assert run_here(*arguments(adamw.data, out, **options, max_iters=10**7)).returncode == 0
+    assert attempt(train, *arguments(adamw.data, out, **options, max_iters=10**7)).returncode == 0
     assert 9 < read_checkpoint(out)["step"] < 10**6 and 6000 <= read_checkpoint(out)["seconds"] < 6030
 
 
@@ -789,12 +760,12 @@ def test_more_steps_at_a_resume(schedule, adamw, tmp_path):
     out = tmp_path / "out"
     stopped_at(adamw.out, out, 8)
     changes = adamw.changes | {"max_iters": 40, "schedule": schedule, "log_interval": 1, "resume": True}
-    assert run_here(*arguments(adamw.data, out, **changes)).returncode == 0
+    assert attempt(train, *arguments(adamw.data, out, **changes)).returncode == 0
     s = train.Settings(**read_checkpoint(out)["settings"])
     (line,) = [x for x in metrics_of(out) if x["step"] == 9 and "learning_rate" in x]
     assert line["learning_rate"] == learning_rate_at(8 / 40, s) and read_checkpoint(out)["step"] == 40
     before = files_of(out)
-    assert run_here(*arguments(adamw.data, out, **changes | {"max_iters": 4})).returncode == 0
+    assert attempt(train, *arguments(adamw.data, out, **changes | {"max_iters": 4})).returncode == 0
     assert files_of(out).keys() == before.keys()
 
 
@@ -809,11 +780,9 @@ def test_an_older_checkpoint_resumes_and_samples(whole, tmp_path):
     del state["seconds"]
     state |= {"settings": settings_, "sequences": 8 * 4, "random_state": torch.get_rng_state()}
     torch.save(state, out / "ckpt_000008.pt")
-    stories = [
-        script_here(sample.main, "sample.py", "--ckpt", path / "ckpt_000008.pt") for path in (out, whole.out)
-    ]
+    stories = [attempt(sample, "--ckpt", path / "ckpt_000008.pt") for path in (out, whole.out)]
     assert stories[0].returncode == 0 and stories[0].stdout == stories[1].stdout
-    assert run_here(*arguments(whole.data, out, **whole.changes, resume=True)).returncode == 0
+    assert attempt(train, *arguments(whole.data, out, **whole.changes, resume=True)).returncode == 0
     same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
 
 
@@ -848,7 +817,7 @@ def test_resume_with_other_settings(key, value, adamw, tmp_path):
     out = tmp_path / "out"
     stopped_at(adamw.out, out, 8)
     before = files_of(out)
-    done = run_here(*arguments(adamw.data, out, **adamw.changes | {key: value}, resume=True))
+    done = attempt(train, *arguments(adamw.data, out, **adamw.changes | {key: value}, resume=True))
     assert_one_line_error(done, out, "model_config" if key in ("n_layer", "head_dim", "qk_norm") else key)
     assert files_of(out) == before
 
@@ -860,7 +829,7 @@ def test_resume_with_another_tokenizer(adamw, tmp_path):
     (folder / "tokenizer.model").write_bytes(model)
     reseal(folder)
     stopped_at(adamw.out, out, 8)
-    done = run_here(*arguments(folder, out, **adamw.changes, resume=True))
+    done = attempt(train, *arguments(folder, out, **adamw.changes, resume=True))
     assert_one_line_error(done, out, "tokenizer")
 
 
@@ -874,7 +843,7 @@ def test_nan_weights_stop_the_run(adamw, tmp_path):
     state = read_checkpoint(out / "ckpt_000008.pt")
     state["model"]["embedding.weight"][:] = math.nan
     torch.save(state, out / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+    done = attempt(train, *arguments(adamw.data, out, **adamw.changes, resume=True))
     assert_one_line_error(done, "step 10:", "nan", "learning_rate")
     assert [p.name for p in find_checkpoints(out)] == ["ckpt_000008.pt"]
 
@@ -904,8 +873,17 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoint(bad, at, noticed, ti
 
 
 def test_learning_rate_far_too_high(tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", learning_rate=1e18, optimizer="adamw", warmup_iters=0,
-                               dtype="float32"))  # fmt: skip
+    done = attempt(
+        train,
+        *arguments(
+            tiny_data,
+            tmp_path / "out",
+            learning_rate=1e18,
+            optimizer="adamw",
+            warmup_iters=0,
+            dtype="float32",
+        ),
+    )
     assert_one_line_error(done, "step 2:", "learning_rate")
 
 
@@ -936,19 +914,6 @@ def torchrun():
         return [a.format(port=s.getsockname()[1]) for a in TORCHRUN]
 
 
-def as_two(*args):
-    """`python ARGS` as two processes that know of each other; what torchrun does, without its time to
-    start.
-    """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    with ThreadPoolExecutor(2) as pool:
-        ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-        first, second = pool.map(lambda rank: run_script(*args, **env | rank), ranks)
-    return first.stdout + second.stdout
-
-
 HEAD = f"import json, os, signal, sys, time, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
 RUN = "\ntrain.report_errors(train.main)\n"
 
@@ -958,10 +923,10 @@ def test_two_processes_train_as_one(tiny_data, tmp_path):
     rounding.
     """
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "eval_interval": 3}
-    as_two(
+    as_two_processes(
         "-c",
         HEAD + RECORD.format(folder=tmp_path) + RUN,
-        *arguments(tiny_data, tmp_path / "two", **changes)[1:],
+        *arguments(tiny_data, tmp_path / "two", **changes),
     )
     one = []
 
@@ -992,15 +957,15 @@ def test_two_processes_stop_together_and_resume(tiny_data, tmp_path):
     changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 40}
     changes |= {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
     out = tmp_path / "two"
-    process = start(*torchrun(), "train.py", data_dir=tiny_data, out_dir=out, **changes)
+    process = start_script(*torchrun(), "train.py", *arguments(tiny_data, out, **changes))
     wait_for_step(process, out, 3)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
     (path,) = find_checkpoints(out)
     step = read_checkpoint(path)["step"]
     assert 3 <= step < 40 and f"step {step}" in stdout and "--resume=True" in stdout, stdout + stderr
-    assert run_here(*arguments(tiny_data, out, **changes, resume=True)).returncode == 0
-    assert run_here(*arguments(tiny_data, tmp_path / "one", **changes)).returncode == 0
+    assert attempt(train, *arguments(tiny_data, out, **changes, resume=True)).returncode == 0
+    assert attempt(train, *arguments(tiny_data, tmp_path / "one", **changes)).returncode == 0
     lines = [[x for x in lines_of(tmp_path / name) if "loss" in x] for name in ("one", "two")]
     assert [x["step"] for x in lines[1]] == list(range(1, 41))
     for a, b in zip(*lines, strict=True):
@@ -1009,7 +974,7 @@ def test_two_processes_stop_together_and_resume(tiny_data, tmp_path):
 
 def test_steps_that_two_processes_cannot_share(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(train.run, "world_size", lambda: 2)
-    done = run_here(*arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=3))
+    done = attempt(train, *arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=3))
     assert_one_line_error(done, "gradient_accumulation_steps", "multiple", "2")
 
 
@@ -1043,7 +1008,7 @@ train.Muon.step = drifting
 
 def test_weights_that_differ_between_processes_are_noticed(tiny_data, tmp_path):
     """One weight of the second process drifts: no checkpoint is saved."""
-    options = arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=2, optimizer="muon")[1:]
+    options = arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=2, optimizer="muon")
     (tmp_path / "drift.py").write_text(HEAD + DRIFT + RUN)
     done = run_script(*torchrun(), tmp_path / "drift.py", *options, check=False)
     errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # one or both say it
@@ -1082,7 +1047,7 @@ def test_two_processes_end_after_the_same_step(code, tiny_data, tmp_path):
         "eval_interval": 10**7,
     }
     options |= {"minutes": 0.1} if code == STARTS_LATE else {}
-    printed = as_two("-c", HEAD + code + RUN, *arguments(tiny_data, tmp_path / "out", **options)[1:])
+    printed = as_two_processes("-c", HEAD + code + RUN, *arguments(tiny_data, tmp_path / "out", **options))
     state = read_checkpoint(tmp_path / "out")
     if code == STARTS_LATE:
         assert state["seconds"] >= 6
@@ -1115,7 +1080,7 @@ def test_auto_takes_the_faster_type_and_a_resume_keeps_it(tiny_data, tmp_path):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there is something better here")
     out, options = tmp_path / "out", {"device": "auto", "dtype": "auto"}
-    done = run_here(*arguments(tiny_data, out, **options, max_iters=1))
+    done = attempt(train, *arguments(tiny_data, out, **options, max_iters=1))
     speeds = re.search(r"(\d+) GFLOP/s in float32, (\d+) in bfloat16", done.stdout)
     faster, other = ("float32", "bfloat16") if int(speeds[1]) > int(speeds[2]) else ("bfloat16", "float32")
     state = read_checkpoint(out)
@@ -1123,7 +1088,7 @@ def test_auto_takes_the_faster_type_and_a_resume_keeps_it(tiny_data, tmp_path):
         assert f"cpu, {faster}," in done.stdout and state["settings"]["dtype"] == faster
     state["settings"]["dtype"] = other  # the run of a machine where that was faster
     torch.save(state, out / "ckpt_000001.pt")
-    done = run_here(*arguments(tiny_data, out, **options, max_iters=2, resume=True))
+    done = attempt(train, *arguments(tiny_data, out, **options, max_iters=2, resume=True))
     assert f"cpu, {other}," in done.stdout and read_checkpoint(out)["settings"]["dtype"] == other
 
 
@@ -1143,8 +1108,13 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     changes = {"max_iters": 2, "compile": True, "eval_interval": 1000}
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = run_script(*arguments(tiny_data, tmp_path / "out", **changes), check=False,
-                      PATH=str(tmp_path / "bin"), **cache)  # fmt: skip
+    done = run_script(
+        "train.py",
+        *arguments(tiny_data, tmp_path / "out", **changes),
+        check=False,
+        PATH=str(tmp_path / "bin"),
+        **cache,
+    )
     assert done.returncode == 0, done.stderr[-500:]
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("torch.compile does not work here")
@@ -1157,9 +1127,11 @@ def test_compiled_runs_continue_with_the_same_bits(tiny_data, tmp_path):
     """With deterministic=True, on two threads."""
     changes = {"compile": True, "deterministic": True, "n_layer": 1}
     whole = tmp_path / "whole"
-    run_script(*arguments(tiny_data, whole, **changes), OMP_NUM_THREADS="2")
+    run_script("train.py", *arguments(tiny_data, whole, **changes), OMP_NUM_THREADS="2")
     stopped_at(whole, tmp_path / "out", 8)
-    run_script(*arguments(tiny_data, tmp_path / "out", **changes, resume=True), OMP_NUM_THREADS="2")
+    run_script(
+        "train.py", *arguments(tiny_data, tmp_path / "out", **changes, resume=True), OMP_NUM_THREADS="2"
+    )
     same_state(tmp_path / "out" / "ckpt_000012.pt", whole / "ckpt_000012.pt")
     assert lines_of(tmp_path / "out") == lines_of(whole)
 
@@ -1174,7 +1146,7 @@ def spoilt(tiny_data, tmp_path):
     shutil.copytree(tiny_data, folder)
 
     def refused(*words, **changes):
-        done = run_here(*arguments(folder, out, **changes))
+        done = attempt(train, *arguments(folder, out, **changes))
         assert_one_line_error(done, *words)
         assert not out.exists() or [p.name for p in out.iterdir()] == ["lock"]
 
@@ -1246,7 +1218,7 @@ def test_bins_of_a_wrong_size(name, spoilt):
     spoilt(name, "block_size", 32)
     good[:33].tofile(path)
     reseal(spoilt.folder)
-    assert run_here(*arguments(spoilt.folder, spoilt.out, max_iters=1)).returncode == 0
+    assert attempt(train, *arguments(spoilt.folder, spoilt.out, max_iters=1)).returncode == 0
 
 
 def test_block_size_longer_than_the_data(spoilt):
@@ -1260,7 +1232,7 @@ def test_a_validation_split_too_short_for_a_sequence(tiny_data, tmp_path):
     np.fromfile(folder / "val.bin", dtype="<u2")[:20].tofile(folder / "val.bin")
     reseal(folder)
     assert_one_line_error(
-        run_here(*arguments(folder, tmp_path / "out")), "val.bin", "block_size", "--val_fraction"
+        attempt(train, *arguments(folder, tmp_path / "out")), "val.bin", "block_size", "--val_fraction"
     )
 
 
@@ -1283,11 +1255,11 @@ def test_out_dir_that_cannot_be_written(tiny_data, tmp_path):
         (tmp_path / "file" / "out",) * 2,
         ("/proc/none/out", "/proc/none"),
     ):
-        assert_one_line_error(run_here(*arguments(tiny_data, out)), word)
+        assert_one_line_error(attempt(train, *arguments(tiny_data, out)), word)
     assert (tmp_path / "file").read_text() == "a file"
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o500)
-        assert_one_line_error(run_here(*arguments(tiny_data, tmp_path / "closed" / "out")), "closed")
+        assert_one_line_error(attempt(train, *arguments(tiny_data, tmp_path / "closed" / "out")), "closed")
 
 
 class Evil:
@@ -1308,7 +1280,7 @@ def test_malicious_checkpoints_are_not_run(adamw, tmp_path):
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             save(evil, out / "ckpt_000008.pt")
-            done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
+            done = attempt(train, *arguments(adamw.data, out, **adamw.changes, resume=True))
             assert_one_line_error(done, "ckpt_000008.pt")
             assert not mark.exists()
 
@@ -1319,7 +1291,7 @@ FOREIGN = [{"a": 1}, [1, 2], None, 7, "text", torch.zeros(3), {"model": {}}, {1:
 @pytest.mark.parametrize("what", FOREIGN, ids=range(8))
 def test_foreign_checkpoints(what, adamw, tmp_path):
     torch.save(what, tmp_path / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
+    done = attempt(train, *arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
     assert_one_line_error(done, "ckpt_000008.pt")
     assert files_of(tmp_path).keys() == {"ckpt_000008.pt"}
 
@@ -1329,7 +1301,7 @@ def test_checkpoints_with_a_part_missing(key, adamw, tmp_path):
     state = read_checkpoint(adamw.out / "ckpt_000008.pt")
     del state[key]
     torch.save(state, tmp_path / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
+    done = attempt(train, *arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
     assert_one_line_error(done, tmp_path)
 
 
@@ -1337,7 +1309,7 @@ def test_checkpoints_that_lack_a_weight(adamw, tmp_path):
     state = read_checkpoint(adamw.out / "ckpt_000008.pt")
     del state["model"]["norm.weight"]
     torch.save(state, tmp_path / "ckpt_000008.pt")
-    assert_one_line_error(script_here(sample.main, "sample.py", "--ckpt", tmp_path), tmp_path)
+    assert_one_line_error(attempt(sample, "--ckpt", tmp_path), tmp_path)
 
 
 @settings(max_examples=150, deadline=None)
