@@ -63,9 +63,27 @@ from train import Settings, TokenDataset
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def arguments(tiny_data, tmp_path):
+    """The arguments of a small run in tmp_path, with changes."""
+
+    def arguments(**changes):
+        return tiny(data_dir=tiny_data, out_dir=tmp_path, **changes)
+
+    return arguments
+
+
 def files_of(folder):
     """The files of a folder and what they hold, but for the lock."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files.pop("lock", None)
+    return files
+
+
+def first_line(folder):
+    """That of the evaluation before the first step."""
+    with open(folder / "metrics.jsonl") as f:
+        return json.loads(f.readline())
 
 
 # ---- A whole run -----------------------------------------------------------------------------------
@@ -101,7 +119,8 @@ def test_a_run_prints_its_settings_and_what_follows(whole, tiny_data):
         "finished and saved at step 12",
     ):
         assert line in whole.stdout.splitlines()
-    assert "step 12: validation loss" in whole.stdout and "warm-up" not in whole.stdout
+    assert "step 12: validation loss" in whole.stdout
+    assert "warm-up" not in whole.stdout
 
 
 def test_a_run_leaves_its_two_newest_checkpoints_and_a_log(whole, tiny_data):
@@ -110,58 +129,56 @@ def test_a_run_leaves_its_two_newest_checkpoints_and_a_log(whole, tiny_data):
     tokenizer = (tiny_data / "tokenizer.model").read_bytes()
     for step in (8, 12):
         saved = torch.load(whole.out / f"ckpt_{step:06d}.pt", weights_only=True)
-        assert saved["step"] == step and saved["seconds"] > 0
-        assert saved["tokenizer"] == tokenizer and saved["data"] == meta_of(tiny_data)["train"]
+        assert saved["step"] == step
+        assert saved["seconds"] > 0
+        assert saved["tokenizer"] == tokenizer
+        assert saved["data"] == meta_of(tiny_data)["train"]
         assert saved["prompt"] == [load_tokenizer(tokenizer, "").eos_id()]
         assert build_model(saved, whole.out).config.n_embd == SHAPE["n_embd"]
 
 
 def test_the_log_begins_anew_and_has_a_line_for_every_interval(whole, tiny_data):
-    first, *lines = [json.loads(line) for line in (whole.out / "metrics.jsonl").read_text().splitlines()]
+    first = first_line(whole.out)
     assert first["step"] == first["tokens"] == 0
-    assert first["val_loss"] == pytest.approx(math.log(meta_of(tiny_data)["vocab_size"]), rel=0.02)
+    vocab_size = meta_of(tiny_data)["vocab_size"]
+    assert first["val_loss"] == pytest.approx(math.log(vocab_size), rel=0.02)
+    lines = metrics_of(whole.out)
     # every 5 steps, and where it evaluates (every 6) or saves (every 4)
     assert [line["step"] for line in lines] == [4, 5, 6, 8, 10, 12]
-    names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
     for line in lines:
-        evaluated = (
-            {"val_loss", "val_perplexity", "val_bits_per_character"} if line["step"] % 6 == 0 else set()
-        )
-        assert line.keys() == names | evaluated
-        assert all(0 < value < math.inf for value in line.values())
+        names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+        if line["step"] % 6 == 0:
+            names |= {"val_loss", "val_perplexity", "val_bits_per_character"}
+        assert line.keys() == names
+        assert min(line.values()) > 0
         assert line["tokens"] == line["step"] * 4 * 32
     # Warm-up over 2 steps, a hold, then from step 8 of 12 down in a line.
-    rates = [0.003 * share for share in (1, 1, 1, 1, 3 / 5, 1 / 5)]
-    assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
+    rates = [line["learning_rate"] / 0.003 for line in lines]
+    assert rates == pytest.approx([1, 1, 1, 1, 3 / 5, 1 / 5])
 
 
-def test_a_model_learns_what_follows_what(tiny_data, tmp_path):
-    """The validation loss falls well below the entropy of single tokens, in a run of a tenth of an epoch."""
-    sequences = (meta_of(tiny_data)["train"]["tokens"] - 1) // 32
-    steps = {"epochs": 64 * 16 / sequences, "batch_size": 16, "learning_rate": 0.01}
-    run_here(
-        train, *tiny(data_dir=tiny_data, out_dir=tmp_path, **steps, eval_interval=100, save_interval=100)
-    )
+def test_a_model_learns_what_follows_what(arguments, tiny_data, tmp_path):
+    """The validation loss falls well below the entropy of single tokens, in less than an epoch."""
+    settings = {"epochs": 0.9, "batch_size": 16, "learning_rate": 0.02}
+    run_here(train, *arguments(**settings, eval_interval=1000, save_interval=1000))
     tokens = np.fromfile(tiny_data / "val.bin", dtype="<u2")
     _, counts = np.unique(tokens, return_counts=True)
     share = counts / len(tokens)
     entropy = -(share * np.log(share)).sum()
     last = metrics_of(tmp_path)[-1]
-    assert last["step"] == 64 and last["val_loss"] < entropy - 0.3
+    assert last["val_loss"] < entropy - 0.4
+    assert last["tokens"] == pytest.approx(0.9 * meta_of(tiny_data)["train"]["tokens"], rel=0.02)
 
 
 @pytest.mark.parametrize(("warmup", "reached"), [(5, "20%"), (1, "100%")])
-def test_a_run_that_is_all_warm_up_says_so(warmup, reached, tiny_data, tmp_path):
-    done = run_here(train, *tiny(data_dir=tiny_data, out_dir=tmp_path, warmup_iters=warmup, max_iters=1))
+def test_a_run_that_is_all_warm_up_says_so(arguments, warmup, reached):
+    done = run_here(train, *arguments(warmup_iters=warmup, max_iters=1))
     assert f"warmup_iters = {warmup}: all steps are warm-up, up to {reached} of learning_rate" in done.stdout
 
 
-def test_the_seed_decides_the_first_weights(whole, tmp_path):
-    settings = whole.settings | {"max_iters": 1, "eval_interval": 1, "out_dir": tmp_path, "seed": 7}
-    run_here(train, *tiny(**settings, deterministic=False))
-    one = (whole.out / "metrics.jsonl").read_text().splitlines()[0]
-    other = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
-    assert one != other
+def test_the_seed_decides_the_first_weights(whole, arguments, tmp_path):
+    run_here(train, *arguments(dtype="float32", max_iters=1, seed=7, deterministic=False))
+    assert first_line(tmp_path) != first_line(whole.out)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -213,10 +230,11 @@ def test_a_finished_run_that_is_resumed_changes_nothing(max_iters, stopped):
     run_here(train, *stopped.arguments(max_iters=max_iters))
     before = files_of(stopped.out)
     done = run_here(train, *stopped.arguments(max_iters=max_iters))
-    assert "finished" in done.stdout and files_of(stopped.out) == before
+    assert "finished" in done.stdout
+    assert files_of(stopped.out) == before
 
 
-def test_ctrl_c_saves_and_tells_how_to_resume(tiny_data, tmp_path):
+def test_ctrl_c_saves_and_tells_how_to_continue(tiny_data, tmp_path):
     """The step is finished and saved, the exit status is 0, and resumed the run ends as if left alone."""
     out = tmp_path / "我的 模型"
     settings = {"data_dir": tiny_data, "max_iters": 60, "log_interval": 1}
@@ -225,9 +243,11 @@ def test_ctrl_c_saves_and_tells_how_to_resume(tiny_data, tmp_path):
     wait_for_step(process, out, 5)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0 and not stderr.strip(), stderr
+    assert process.returncode == 0
+    assert not stderr.strip(), stderr
     step = metrics_of(out)[-1]["step"]
-    assert 5 <= step < 60 and files_of(out).keys() == {f"ckpt_{step:06d}.pt", "metrics.jsonl"}
+    assert 5 <= step < 60
+    assert files_of(out).keys() == {f"ckpt_{step:06d}.pt", "metrics.jsonl"}
     assert stdout.strip().endswith(
         f"stopped and saved at step {step}; to continue, give the same command with --resume=True"
     )
@@ -244,7 +264,8 @@ def test_a_signal_asks_for_the_end_and_a_second_one_ends_at_once(number, monkeyp
     requested = run.catch_signals()
     assert not requested.is_set()
     signal.raise_signal(number)
-    assert requested.is_set() and signal.getsignal(number) == signal.SIG_DFL
+    assert requested.is_set()
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_nohup_is_respected():
@@ -259,14 +280,17 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(stopped):
     assert files_of(stopped.out) == before
 
 
-def test_minutes_end_a_run_in_time(tiny_data, tmp_path):
+NEVER = {"max_iters": 10**7, "save_interval": 10**7, "eval_interval": 10**7}
+
+
+def test_minutes_end_a_run_in_time(arguments, tmp_path):
     """max_iters is far away: the time decides, and the learning rate comes down with it."""
-    never = dict.fromkeys(("max_iters", "save_interval", "eval_interval"), 10**7)
-    run_here(train, *tiny(data_dir=tiny_data, out_dir=tmp_path, minutes=0.02, log_interval=1, **never))
+    run_here(train, *arguments(minutes=0.02, log_interval=1, **NEVER))
     saved = read_checkpoint(tmp_path)
     lines = metrics_of(tmp_path)
     assert 1.2 <= saved["seconds"] < 20
-    assert lines[-1]["step"] == saved["step"] and "val_loss" in lines[-1]
+    assert lines[-1]["step"] == saved["step"]
+    assert "val_loss" in lines[-1]
     rates = [line["learning_rate"] for line in lines[2:]]  # after the warm-up
     assert rates == sorted(rates, reverse=True)
     assert 0.003 >= rates[0] > 2 * rates[-1]
@@ -274,17 +298,20 @@ def test_minutes_end_a_run_in_time(tiny_data, tmp_path):
 
 def test_the_time_of_a_resumed_run_continues(stopped):
     stopped.change(seconds=59.9)
-    run_here(train, *stopped.arguments(minutes=1, max_iters=10**7, save_interval=10**7, eval_interval=10**7))
+    run_here(train, *stopped.arguments(minutes=1, **NEVER))
     saved = read_checkpoint(stopped.out)
-    assert saved["step"] > 8 and 60 <= saved["seconds"] < 75
+    assert saved["step"] > 8
+    assert 60 <= saved["seconds"] < 75
 
 
 def test_more_steps_at_a_resume(stopped):
     """The learning rate is that of the new settings from the next step on."""
     run_here(train, *stopped.arguments(max_iters=16, log_interval=1, schedule="cosine"))
-    (line,) = [line for line in metrics_of(stopped.out) if line["step"] == 9]
+    line = metrics_of(stopped.out)[-8]
+    assert line["step"] == 9
     remaining = (16 - 8) / (16 - 2)
-    assert line["learning_rate"] == pytest.approx(0.003 * (0.5 - 0.5 * math.cos(math.pi * remaining)))
+    share = 0.5 - 0.5 * math.cos(math.pi * remaining)
+    assert line["learning_rate"] == pytest.approx(0.003 * share)
     assert read_checkpoint(stopped.out)["step"] == 16
 
 
@@ -305,8 +332,12 @@ def test_which_settings_a_resume_may_not_change():
     assert fixed == step | {"optimizer", "weight_decay", "momentum", "beta1", "beta2"}
 
 
-OTHER_RUNS = [({"batch_size": 2}, "batch_size"), ({"seed": 1}, "seed"), ({"n_layer": 1}, "model_config")]
-OTHER_RUNS += [({"qk_norm": False}, "model_config")]
+OTHER_RUNS = [
+    ({"batch_size": 2}, "batch_size"),
+    ({"seed": 1}, "seed"),
+    ({"n_layer": 1}, "model_config"),
+    ({"qk_norm": False}, "model_config"),
+]
 
 
 @pytest.mark.parametrize(("changes", "word"), OTHER_RUNS)
@@ -316,12 +347,10 @@ def test_a_resume_with_other_settings_is_refused(changes, word, stopped):
     assert files_of(stopped.out) == before
 
 
-@pytest.mark.parametrize(
-    "part", [{"tokenizer": b"another"}, {"data": {"tokens": 3}}], ids=["tokenizer", "data"]
-)
+@pytest.mark.parametrize("part", ["tokenizer", "data"])
 def test_a_resume_with_other_data_is_refused(part, stopped):
-    stopped.change(**part)
-    assert_refused(train, stopped.arguments(), stopped.out, *part)
+    stopped.change(**{part: "another"})
+    assert_refused(train, stopped.arguments(), stopped.out, part)
 
 
 def test_a_resume_needs_optimizers(stopped):
@@ -418,7 +447,11 @@ def plain_training(model, data, s):
         yield loss.item(), norm.item()
 
 
-STEPS = [("adamw", 8, 1, 0.0, 2e-3), ("adamw", 2, 4, 0.05, 2e-3), ("muon", 2, 4, 1.0, 0.03)]
+STEPS = [
+    ("adamw", 8, 1, 0.0, 5e-4),
+    ("adamw", 2, 4, 0.05, 5e-4),
+    ("muon", 2, 4, 1.0, 0.03),
+]
 
 
 @pytest.mark.parametrize(("optimizer", "batch_size", "accumulated", "grad_clip", "close"), STEPS)
@@ -437,9 +470,10 @@ def test_four_steps_are_those_of_a_plain_loop(
     reference = fresh_model(tiny_data).double()
     losses, norms = zip(*plain_training(reference, data, s), strict=True)
     two, four = metrics_of(tmp_path)  # a line every two steps: the mean loss of both, the norm of the last
-    assert two["loss"] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4)
-    assert four["loss"] == pytest.approx((losses[2] + losses[3]) / 2, rel=1e-4)
-    assert [two["grad_norm"], four["grad_norm"]] == pytest.approx([norms[1], norms[3]], rel=close / 2)
+    assert two["loss"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
+    assert four["loss"] == pytest.approx(sum(losses[2:]) / 2, rel=1e-6)
+    assert two["grad_norm"] == pytest.approx(norms[1], rel=1e-4)
+    assert four["grad_norm"] == pytest.approx(norms[3], rel=1e-4)
     for name, start in before.named_parameters():
         moved = ours.get_parameter(name) - start
         expected = reference.get_parameter(name) - start
@@ -454,14 +488,16 @@ def test_muon_multiplies_in_bfloat16_only_where_all_products_do(tiny_data):
 
 @pytest.mark.parametrize("shape", [(3, 24, 10), (3, 10, 24)])
 def test_orthogonalized_matrices_keep_their_directions_and_even_the_lengths(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     inner = u.mT @ train.orthogonalize(x) @ v.mT  # (3, 10, 10), diagonal if no direction was turned
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):  # the polynomial of each singular value by itself
         s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
     torch.testing.assert_close(inner, torch.diag_embed(s), rtol=0, atol=1e-9)
-    assert s.min() > 0.6 and s.max() < 1.3
+    assert s.min() > 0.6
+    assert s.max() < 1.3
 
 
 def test_with_document_mask_a_story_does_not_see_the_one_before(tiny_data):
@@ -481,9 +517,11 @@ def test_with_document_mask_a_story_does_not_see_the_one_before(tiny_data):
             total += F.cross_entropy(logits, targets[begin:end], reduction="sum")
             pieces += 1
     assert pieces > 40
-    assert found.item() == pytest.approx(total.item(), rel=1e-6)
+    alone = pytest.approx(total.item(), rel=1e-6)
+    assert found.item() == alone
     del batch["documents"]
-    assert train.next_token_loss(model, batch)["loss"].item() != pytest.approx(total.item(), rel=1e-4)
+    unmasked = train.next_token_loss(model, batch)["loss"]
+    assert unmasked.item() != alone
 
 
 # ---- Learning rates, and the end of a run ----------------------------------------------------------
@@ -506,16 +544,31 @@ RATES = [
 @pytest.mark.parametrize(("changes", "expected"), RATES)
 def test_learning_rates_by_hand(changes, expected):
     s = Settings(learning_rate=1.0, **changes)
-    rates = [train.learning_rate_at(train.progress_of(step, 0.0, s), s) for step in range(s.max_iters)]
+    rates = [train.learning_rate_at(step / s.max_iters, s) for step in range(s.max_iters)]
     assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("step", "seconds", "progress"), [(50, 30, 0.5), (50, 90, 0.75), (100, 0, 1)])
+@pytest.mark.parametrize(
+    ("step", "seconds", "progress"),
+    [
+        (50, 30, 0.5),
+        (50, 90, 0.75),
+        (100, 0, 1),
+    ],
+)
 def test_progress_is_that_of_the_steps_or_of_the_time_whichever_is_further(step, seconds, progress):
     assert train.progress_of(step, seconds, Settings(max_iters=100, minutes=2.0)) == progress
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(0, 7), (0.5, 2), (2, 7), (3, 10)])
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [
+        (0, 7),
+        (0.5, 2),
+        (2, 7),
+        (3, 10),
+    ],
+)
 def test_epochs_become_steps(epochs, steps):
     """Of 50 sequences, 16 in a step; a part of a step that is left over is one more."""
     s = Settings(epochs=epochs, max_iters=7, batch_size=8, gradient_accumulation_steps=2)
@@ -537,7 +590,8 @@ def test_every_sequence_comes_once_an_epoch_in_a_new_order(tmp_path):
     assert batch["tokens"].equal(firsts[:, None] + torch.arange(10))
     assert batch["targets"].equal(batch["tokens"] + 1)
     epochs = [epoch.tolist() for epoch in firsts.split(10)]
-    epochs.append(numbered(tmp_path, seed=2).batch(0, 10)["tokens"][:, 0].tolist())
+    of_another_seed = numbered(tmp_path, seed=2).batch(0, 10)
+    epochs.append(of_another_seed["tokens"][:, 0].tolist())
     for epoch in epochs:
         assert sorted(epoch) == list(range(0, 100, 10)) != epoch
         assert epochs.count(epoch) == 1
@@ -550,7 +604,15 @@ def test_the_order_does_not_depend_on_how_it_is_read(tmp_path):
         assert data.batch(first, count)["tokens"].equal(whole[first : first + count])
 
 
-@pytest.mark.parametrize(("length", "sequences"), [(10, 0), (11, 1), (20, 1), (21, 2)])
+@pytest.mark.parametrize(
+    ("length", "sequences"),
+    [
+        (10, 0),
+        (11, 1),
+        (20, 1),
+        (21, 2),
+    ],
+)
 def test_a_sequence_needs_one_token_more_for_its_last_target(length, sequences, tmp_path):
     assert len(numbered(tmp_path, length)) == sequences
 
@@ -564,7 +626,6 @@ def test_evaluation_by_hand(eval_sequences, tiny_data, tmp_path):
     where fewer are there than asked for. Bits per character are of the decoded text."""
     s = settings_for(tiny_data, tmp_path, max_iters=1, eval_sequences=eval_sequences, seed=9)
     trained = train_here(s)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer((tiny_data / "tokenizer.model").read_bytes(), "")
     tokens = np.fromfile(tiny_data / "val.bin", dtype="<u2").astype(np.int64)
     order = np.random.default_rng((0, 0)).permutation((len(tokens) - 1) // 32)
@@ -572,7 +633,8 @@ def test_evaluation_by_hand(eval_sequences, tiny_data, tmp_path):
     characters = sum(len(tokenizer.decode(row[1:].tolist())) for row in rows)
     windows = torch.from_numpy(np.stack(rows))
     targets = windows[:, 1:].flatten()
-    for line, model in zip(lines, (fresh_model(tiny_data), trained), strict=True):
+    untrained = fresh_model(tiny_data)
+    for line, model in ((first_line(tmp_path), untrained), (metrics_of(tmp_path)[-1], trained)):
         with torch.no_grad():
             logits = model(windows[:, :-1]).double().flatten(0, 1)
         nats = F.cross_entropy(logits, targets, reduction="sum").item()
@@ -595,12 +657,14 @@ def test_a_sample_story_is_that_of_a_slow_loop(pretrained, capsys):
         with torch.no_grad():
             logits = model(torch.tensor([story]))[0, -1]
         values, likely = (logits / 0.8).topk(50)
-        new = likely[torch.multinomial(values.softmax(dim=-1), 1, generator=generator)].item()
+        index = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)
+        new = likely[index].item()
         if new == tokenizer.eos_id():
             break
         story.append(new)
     told = tokenizer.decode(story[len(prompt) :]).rstrip("\ufffd")
-    assert len(told) > 20 and capsys.readouterr().out == f"[一只小]\n{told}\n\n"
+    assert len(told) > 20
+    assert capsys.readouterr().out == f"[一只小]\n{told}\n\n"
 
 
 # ---- Losses that are not finite --------------------------------------------------------------------
@@ -631,7 +695,13 @@ def no_gradient(value):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "at", "noticed"), [(infinite, 5, 6), (no_gradient, 6, 6), (infinite, 7, 8), (no_gradient, 8, 8)]
+    ("spoil", "at", "noticed"),
+    [
+        (infinite, 5, 6),
+        (no_gradient, 6, 6),
+        (infinite, 7, 8),
+        (no_gradient, 8, 8),
+    ],
 )
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(spoil, at, noticed, tiny_data, tmp_path):
     """Noticed at the next line of the log, and before the checkpoint that is due at step 8."""
@@ -644,9 +714,9 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(spoil, at, noticed, 
     assert all(line["step"] < at for line in metrics_of(tmp_path))
 
 
-def test_a_learning_rate_far_too_high_is_one_line(tiny_data, tmp_path):
+def test_a_learning_rate_far_too_high_is_one_line(arguments):
     wild = {"learning_rate": 1e18, "optimizer": "adamw", "warmup_iters": 0, "dtype": "float32"}
-    assert_refused(train, tiny(data_dir=tiny_data, out_dir=tmp_path, **wild), "step 2:", "learning_rate")
+    assert_refused(train, arguments(**wild), "step 2:", "learning_rate")
 
 
 def test_weights_that_are_not_finite_are_not_saved():
@@ -662,7 +732,8 @@ def test_a_step_whose_float16_gradients_overflow_is_left_out(tiny_data, tmp_path
     s = settings_for(tiny_data, tmp_path, dtype="float16", max_iters=2, log_interval=1, save_interval=1)
     train_here(s, spoilt_loss(lambda step: step == 2, much_too_large))
     first, second = metrics_of(tmp_path)
-    assert first["grad_norm"] > 0 and second["grad_norm"] is None
+    assert first["grad_norm"] > 0
+    assert second["grad_norm"] is None
     after, before = [read_checkpoint(path) for path in find_checkpoints(tmp_path)]
     same(after["model"], before["model"])
     assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
@@ -713,7 +784,7 @@ train.report_errors(train.main)
 """
 
 
-def test_two_processes_stop_together_and_one_resumes(tiny_data, tmp_path):
+def test_two_processes_stop_together_and_one_continues(tiny_data, tmp_path):
     """Though only the second is signalled: one checkpoint, of a step that both have finished."""
     settings = SHARED_STEPS | {"data_dir": tiny_data, "log_interval": 1}
     out = tmp_path / "two"
@@ -733,17 +804,16 @@ def test_processes_take_turns_at_the_micro_batches(tmp_path, monkeypatch):
     data = numbered(tmp_path)
     s = Settings(batch_size=2, gradient_accumulation_steps=4)
     batches, denominator = train.get_batch(data, 1, s, CPU)
-    assert [batch["tokens"].tolist() for batch in batches] == [
-        data.batch(10, 2)["tokens"].tolist(),
-        data.batch(14, 2)["tokens"].tolist(),
-    ]
+    first, second = batches
+    same(first, data.batch(10, 2))
+    same(second, data.batch(14, 2))
     assert denominator == 2 * 2 * 10 + 100
 
 
-def test_steps_that_two_processes_cannot_share_are_refused(tiny_data, tmp_path, monkeypatch):
+def test_steps_that_two_processes_cannot_share_are_refused(arguments, monkeypatch):
     monkeypatch.setattr(run, "world_size", lambda: 2)
-    arguments = tiny(data_dir=tiny_data, out_dir=tmp_path, gradient_accumulation_steps=3)
-    assert_refused(train, arguments, "gradient_accumulation_steps", "multiple of 2")
+    uneven = arguments(gradient_accumulation_steps=3)
+    assert_refused(train, uneven, "gradient_accumulation_steps", "multiple of 2")
 
 
 def reduce_with(other):
@@ -761,7 +831,7 @@ def reduce_with(other):
 @pytest.mark.parametrize("other", [2.9, 3.1])
 def test_weights_that_differ_between_processes_are_not_saved(other, monkeypatch):
     monkeypatch.setattr(run, "all_reduce", reduce_with(other))
-    with pytest.raises(UserError, match="step 4: weights .*differ between processes"):
+    with pytest.raises(UserError, match=r"step 4: weights .*differ between processes"):
         run.check_weights([torch.nn.Parameter(torch.ones(3))], 4)
 
 
@@ -795,7 +865,8 @@ def test_every_type_of_the_products_and_a_resume_in_another(tiny_data, tmp_path)
         train_here(s, loss_fn)
         assert products == {getattr(torch, dtype)}
         saved = read_checkpoint(tmp_path)
-        assert saved["step"] == steps and bool(saved["scaler"]) == (dtype == "float16")
+        assert saved["step"] == steps
+        assert bool(saved["scaler"]) == (dtype == "float16")
         assert all(w.dtype == torch.float32 and w.isfinite().all() for w in saved["model"].values())
         norms.append(metrics_of(tmp_path)[-1]["grad_norm"])
     assert max(norms) < 2 * min(norms)
@@ -820,12 +891,12 @@ def test_speed_is_that_of_the_product():
     assert 1e7 < checkpoint.matmul_flops(CPU, torch.float32, 64) < 1e14
 
 
-def test_a_terminal_without_chinese(tiny_data, tmp_path):
+def test_a_terminal_without_chinese(arguments, tmp_path):
     """Shows the numbers of the characters, from which they could be had back, and trains on."""
     settings = {"max_iters": 2, "sample_interval": 2, "device": "auto", "dtype": "auto"}
-    arguments = tiny(data_dir=tiny_data, out_dir=tmp_path, **settings)
-    done = run_script("train.py", *arguments, PYTHONIOENCODING="ascii")
-    assert re.search(r"\\u[4-9][0-9a-f]{3}", done.stdout) and (tmp_path / "ckpt_000002.pt").exists()
+    done = run_script("train.py", *arguments(**settings), PYTHONIOENCODING="ascii")
+    assert re.search(r"\\u[4-9][0-9a-f]{3}", done.stdout)
+    assert (tmp_path / "ckpt_000002.pt").exists()
 
 
 def test_where_compiling_fails_it_says_so_and_goes_on(monkeypatch, capsys):
@@ -849,10 +920,15 @@ def test_without_a_cpp_compiler(there, tiny_data, tmp_path):
     for name in there:
         (tmp_path / "bin" / name).symlink_to("/usr/bin/true")
     arguments = tiny(data_dir=tiny_data, out_dir=tmp_path / "out", max_iters=2, compile=True)
-    env = {"PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": ""}
+    env = {
+        "PATH": str(tmp_path / "bin"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "CXX": "",
+    }
     done = run_script("train.py", *arguments, **env)
     (line,) = [line for line in done.stderr.splitlines() if "it/s" not in line]
-    assert line.startswith("torch.compile does not work here") and "apt install g++" in line
+    assert line.startswith("torch.compile does not work here")
+    assert "apt install g++" in line
     assert read_checkpoint(tmp_path / "out")["step"] == 2
 
 
@@ -879,13 +955,13 @@ import resource, sys, torch
 from common import run
 if sys.argv[1] == "keep":
     run.configure_pytorch(True)
-for _ in range(20):
+for _ in range(6):
     torch.zeros(1 << 24).add_(1)  # 64 MiB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
     kept = int(run_script("-c", code, "keep").stdout)
     returned = int(run_script("-c", code, "return").stdout)
-    assert returned - kept > 10 * (1 << 26) / 4096  # of 19 times, in pages of 4 KiB
+    assert returned - kept > 3 * (1 << 26) / 4096  # of 5 times, in pages of 4 KiB
 
 
 # ---- Files -----------------------------------------------------------------------------------------
@@ -905,7 +981,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
-def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(tiny_data, tmp_path, monkeypatch):
+def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(arguments, tmp_path, monkeypatch):
     """The log first, then the whole checkpoint, then its name, then the folder that holds the name."""
     fsync = os.fsync
     replace = os.replace
@@ -923,7 +999,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(tiny_data, tmp_path, 
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
-    run_here(train, *tiny(data_dir=tiny_data, out_dir=tmp_path, max_iters=1))
+    run_here(train, *arguments(max_iters=1))
     sizes = {name: len(content) for name, content in files_of(tmp_path).items()}
     assert written[-4:] == [
         ("metrics.jsonl", sizes["metrics.jsonl"]),
@@ -933,23 +1009,23 @@ def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(tiny_data, tmp_path, 
     ]
 
 
-def test_a_first_save_that_fails_names_the_file(tiny_data, tmp_path):
+def test_a_first_save_that_fails_names_the_file(arguments, tmp_path):
     """And promises nothing of older checkpoints: there are none."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
-        done = run_here(train, *tiny(data_dir=tiny_data, out_dir=tmp_path), check=False)
+        done = run_here(train, *arguments(), check=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_one_line_error(done, tmp_path / "ckpt_000004.pt", "File too large")
-    assert "resume" not in done.stderr and files_of(tmp_path).keys() == {"metrics.jsonl"}
+    assert "resume" not in done.stderr
+    assert files_of(tmp_path).keys() == {"metrics.jsonl"}
 
 
-def test_a_folder_in_use_is_refused(tiny_data, tmp_path):
-    arguments = tiny(data_dir=tiny_data, out_dir=tmp_path, max_iters=1)
+def test_a_folder_in_use_is_refused(arguments, tmp_path):
     with locked(tmp_path / "lock", tmp_path):
-        assert_refused(train, arguments, tmp_path, "in use")
-    run_here(train, *arguments)
+        assert_refused(train, arguments(), tmp_path, "in use")
+    run_here(train, *arguments(max_iters=1))
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
@@ -972,13 +1048,21 @@ def as_saved(value):
     return file.getvalue()
 
 
-NOT_CHECKPOINTS = [b"", b"PK\x03\x04 and no more", pickle.dumps({"model": 1}), pickle.dumps(Evil())]
-NOT_CHECKPOINTS += [
-    as_saved(value) for value in (None, [1, 2], {1: 2}, {"model": {}}, Evil(), {"model": Evil()})
-]
+NOT_CHECKPOINTS = {
+    "empty": b"",
+    "cut": b"PK\x03\x04 and no more",
+    "pickled": pickle.dumps({"model": 1}),
+    "pickled code": pickle.dumps(Evil()),
+    "none": as_saved(None),
+    "list": as_saved([1, 2]),
+    "no names": as_saved({1: 2}),
+    "no shape": as_saved({"model": {}}),
+    "code": as_saved(Evil()),
+    "code inside": as_saved({"model": Evil()}),
+}
 
 
-@pytest.mark.parametrize("content", NOT_CHECKPOINTS, ids=range(10))
+@pytest.mark.parametrize("content", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
 def test_what_is_not_a_checkpoint_is_refused_and_not_run(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpt_000008.pt").write_bytes(content)
@@ -1049,16 +1133,17 @@ def test_data_too_short_for_a_sequence_is_refused(name, advice, refused):
 
 
 IMPOSSIBLE = [
-    ({"head_dim": 7}, "head_dim"),
-    ({"n_kv_head": 3}, "n_kv_head"),
-    ({"rope_theta": 0}, "rope_theta"),
+    ("head_dim", 7, "head_dim"),
+    ("n_kv_head", 3, "n_kv_head"),
+    ("rope_theta", 0, "rope_theta"),
+    ("device", "cuda:77", "--device=cpu"),
+    ("logger", "wandbb", "'wandb'"),
 ]
-IMPOSSIBLE += [({"device": "cuda:77"}, "--device=cpu"), ({"logger": "wandbb"}, "'wandb'")]
 
 
-@pytest.mark.parametrize(("changes", "word"), IMPOSSIBLE)
-def test_settings_that_cannot_be_are_refused(changes, word, tiny_data, tmp_path):
-    assert_refused(train, tiny(data_dir=tiny_data, out_dir=tmp_path, **changes), word, *changes)
+@pytest.mark.parametrize(("key", "value", "word"), IMPOSSIBLE)
+def test_settings_that_cannot_be_are_refused(key, value, word, arguments, tmp_path):
+    assert_refused(train, arguments(**{key: value}), key, word)
     assert not files_of(tmp_path)
 
 
