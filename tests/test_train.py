@@ -14,6 +14,7 @@ finite, two processes, types and compilation, files, bad input.
 
 import ast
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -130,7 +131,6 @@ def test_a_run_leaves_its_two_newest_checkpoints_and_a_log(whole, tiny_data):
     for step in (8, 12):
         saved = torch.load(whole.out / f"ckpt_{step:06d}.pt", weights_only=True)
         assert saved["step"] == step
-        assert saved["seconds"] > 0
         assert saved["tokenizer"] == tokenizer
         assert saved["data"] == meta_of(tiny_data)["train"]
         assert saved["prompt"] == [load_tokenizer(tokenizer, "").eos_id()]
@@ -168,6 +168,20 @@ def test_a_model_learns_what_follows_what(arguments, tiny_data, tmp_path):
     last = metrics_of(tmp_path)[-1]
     assert last["val_loss"] < entropy - 0.4
     assert last["tokens"] == pytest.approx(0.9 * meta_of(tiny_data)["train"]["tokens"], rel=0.02)
+
+
+def test_the_speed_is_that_of_training_alone(tiny_data, tmp_path, monkeypatch):
+    """By a clock that the loss of each batch moves by a second, in evaluation too."""
+    batches = []
+
+    def loss_fn(model, batch):
+        batches.append(batch)
+        return train.next_token_loss(model, batch)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: len(batches))
+    train_here(settings_for(tiny_data, tmp_path), loss_fn)
+    assert [line["tokens_per_second"] for line in metrics_of(tmp_path)] == [128] * 6
+    assert read_checkpoint(tmp_path)["seconds"] == 12 + 2 * 2
 
 
 @pytest.mark.parametrize(("warmup", "reached"), [(5, "20%"), (1, "100%")])
@@ -224,14 +238,11 @@ def test_a_resumed_run_has_the_same_bits(whole, stopped):
     assert len(story) > 10
 
 
-@pytest.mark.parametrize("max_iters", [8, 4])
-def test_a_finished_run_that_is_resumed_changes_nothing(max_iters, stopped):
-    shutil.copy(stopped.out / "ckpt_000008.pt", stopped.out / "ckpt_000004.pt")
-    run_here(train, *stopped.arguments(max_iters=max_iters))
-    before = files_of(stopped.out)
-    done = run_here(train, *stopped.arguments(max_iters=max_iters))
-    assert "finished" in done.stdout
-    assert files_of(stopped.out) == before
+@pytest.mark.parametrize("max_iters", [12, 4])
+def test_a_finished_run_that_is_resumed_changes_nothing(max_iters, whole, stopped):
+    before = files_of(whole.out)
+    run_here(train, *stopped.arguments(out_dir=whole.out, max_iters=max_iters))
+    assert files_of(whole.out) == before
 
 
 def test_ctrl_c_saves_and_tells_how_to_continue(tiny_data, tmp_path):
@@ -316,12 +327,13 @@ def test_more_steps_at_a_resume(stopped):
 
 
 def test_an_older_checkpoint_is_resumed_to_the_same_bits(whole, stopped):
-    """One of the time before settings were renamed and seconds stored."""
+    """One of the time before some settings, and the seconds."""
     path = stopped.out / "ckpt_000008.pt"
     saved = read_checkpoint(path)
-    saved["settings"] |= {"cooldown": 0.5, "eval_blocks": 6}
-    del saved["settings"]["decay_fraction"], saved["settings"]["beta1"], saved["seconds"]
-    torch.save(saved | {"sequences": 8 * 4}, path)
+    for name in ("decay_fraction", "beta1"):
+        del saved["settings"][name]
+    del saved["seconds"]
+    torch.save(saved, path)
     run_here(train, *stopped.arguments())
     same_state(stopped.out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
 
@@ -487,17 +499,15 @@ def test_muon_multiplies_in_bfloat16_only_where_all_products_do(tiny_data):
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 10), (3, 10, 24)])
-def test_orthogonalized_matrices_keep_their_directions_and_even_the_lengths(shape):
+def test_orthogonalized_matrices_keep_their_directions(shape):
     torch.manual_seed(1)
     x = torch.randn(shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     inner = u.mT @ train.orthogonalize(x) @ v.mT  # (3, 10, 10), diagonal if no direction was turned
     s = s / s.norm(dim=1, keepdim=True)
-    for _ in range(5):  # the polynomial of each singular value by itself
+    for _ in range(5):  # the polynomial of each length by itself
         s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
     torch.testing.assert_close(inner, torch.diag_embed(s), rtol=0, atol=1e-9)
-    assert s.min() > 0.6
-    assert s.max() < 1.3
 
 
 def test_with_document_mask_a_story_does_not_see_the_one_before(tiny_data):
@@ -609,7 +619,6 @@ def test_the_order_does_not_depend_on_how_it_is_read(tmp_path):
     [
         (10, 0),
         (11, 1),
-        (20, 1),
         (21, 2),
     ],
 )
@@ -708,10 +717,8 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(spoil, at, noticed, 
     s = settings_for(tiny_data, tmp_path, log_interval=3)
     with pytest.raises(UserError, match=f"^step {noticed}: .*learning_rate"):
         train_here(s, spoilt_loss(lambda step: step == at, spoil))
-    (path,) = find_checkpoints(tmp_path)
-    assert path.name == "ckpt_000004.pt"
-    assert all(weight.isfinite().all() for weight in read_checkpoint(path)["model"].values())
-    assert all(line["step"] < at for line in metrics_of(tmp_path))
+    assert files_of(tmp_path).keys() == {"ckpt_000004.pt", "metrics.jsonl"}
+    assert metrics_of(tmp_path)[-1]["step"] < at
 
 
 def test_a_learning_rate_far_too_high_is_one_line(arguments):
@@ -753,21 +760,18 @@ SHARED_STEPS = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer
 def assert_same_curve(one, other):
     """The same lines, to rounding."""
     for a, b in zip(lines_of(one), lines_of(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_torchrun_trains_as_one_process(tiny_data, tmp_path):
-    """Loss, gradient norm, evaluation and weights to rounding; only the first process prints."""
+    """Loss, gradient norm and evaluation, to rounding; only the first process prints and logs."""
     settings = SHARED_STEPS | {"data_dir": tiny_data}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = run_script(*torchrun, "train.py", *tiny(out_dir=tmp_path / "two", **settings))
-    assert done.stdout.count("finished and saved at step 12") == done.stdout.count("seed = 1337") == 1
+    assert done.stdout.count("finished and saved at step 12") == 1
+    assert done.stdout.count("seed = 1337") == 1
     run_here(train, *tiny(out_dir=tmp_path / "one", **settings))
     assert_same_curve(tmp_path / "one", tmp_path / "two")
-    one = read_checkpoint(tmp_path / "one")["model"]
-    two = read_checkpoint(tmp_path / "two")["model"]
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
 ONE_IS_STOPPED = """
@@ -835,8 +839,8 @@ def test_weights_that_differ_between_processes_are_not_saved(other, monkeypatch)
         run.check_weights([torch.nn.Parameter(torch.ones(3))], 4)
 
 
-def test_the_longest_time_counts(monkeypatch):
-    """One process is slower, or alone is signalled: all end after the same step."""
+def test_processes_agree_on_the_end(monkeypatch):
+    """Though one is slower, or alone is signalled: all end after the same step."""
     assert run.agree_on_end(False, 2.0) == (False, 2.0)
     monkeypatch.setattr(run, "all_reduce", reduce_with(9.0))
     assert run.agree_on_end(False, 2.0) == (True, 9.0)
@@ -865,7 +869,6 @@ def test_every_type_of_the_products_and_a_resume_in_another(tiny_data, tmp_path)
         train_here(s, loss_fn)
         assert products == {getattr(torch, dtype)}
         saved = read_checkpoint(tmp_path)
-        assert saved["step"] == steps
         assert bool(saved["scaler"]) == (dtype == "float16")
         assert all(w.dtype == torch.float32 and w.isfinite().all() for w in saved["model"].values())
         norms.append(metrics_of(tmp_path)[-1]["grad_norm"])
@@ -885,6 +888,13 @@ def test_a_resume_keeps_the_type_that_auto_chose():
         saved = {"settings": {"dtype": dtype}}
         assert run.agree_on_dtype("auto", CPU, saved) == dtype
         assert run.agree_on_dtype("float16", CPU, saved) == "float16"
+
+
+def test_all_processes_take_the_type_of_the_first(monkeypatch):
+    monkeypatch.setattr(run, "world_size", lambda: 2)
+    broadcast = "torch.distributed.broadcast_object_list"
+    monkeypatch.setattr(broadcast, lambda chosen: chosen.__setitem__(0, "bfloat16"))
+    assert run.agree_on_dtype("float32", CPU, {}) == "bfloat16"
 
 
 def test_speed_is_that_of_the_product():
@@ -913,23 +923,15 @@ def test_where_compiling_fails_it_says_so_and_goes_on(monkeypatch, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("there", [[], ["clang++"]])
-def test_without_a_cpp_compiler(there, tiny_data, tmp_path):
-    """It trains on, uncompiled; a compiler that PyTorch would not call is none."""
-    (tmp_path / "bin").mkdir()
-    for name in there:
-        (tmp_path / "bin" / name).symlink_to("/usr/bin/true")
-    arguments = tiny(data_dir=tiny_data, out_dir=tmp_path / "out", max_iters=2, compile=True)
-    env = {
-        "PATH": str(tmp_path / "bin"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-        "CXX": "",
-    }
-    done = run_script("train.py", *arguments, **env)
-    (line,) = [line for line in done.stderr.splitlines() if "it/s" not in line]
-    assert line.startswith("torch.compile does not work here")
-    assert "apt install g++" in line
-    assert read_checkpoint(tmp_path / "out")["step"] == 2
+@pytest.mark.parametrize("name", ["none", "clang++"])
+def test_without_a_cpp_compiler_it_trains_on(name, arguments, tmp_path):
+    """A compiler that PyTorch would not call is none."""
+    (tmp_path / name).symlink_to("/usr/bin/true")
+    env = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": ""}
+    done = run_script("train.py", *arguments(max_iters=2, compile=True), **env)
+    assert done.stderr.startswith("torch.compile does not work here")
+    assert "apt install g++" in done.stderr
+    assert read_checkpoint(tmp_path)["step"] == 2
 
 
 @pytest.mark.long
@@ -983,30 +985,29 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
 def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(arguments, tmp_path, monkeypatch):
     """The log first, then the whole checkpoint, then its name, then the folder that holds the name."""
-    fsync = os.fsync
-    replace = os.replace
-    written = []
+    path = tmp_path / "ckpt_000001.pt"
+    flushed = []
 
-    def note_fsync(handle):
-        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        size = path.stat().st_size if path.is_file() else 0
-        written.append((path.name, size))
-        fsync(handle)
+    def note(handle):
+        file = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        flushed.append((file.name, file.stat().st_size, path.exists()))
 
-    def note_replace(old, new):
-        written.append(("renamed", 0))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", note)
     run_here(train, *arguments(max_iters=1))
-    sizes = {name: len(content) for name, content in files_of(tmp_path).items()}
-    assert written[-4:] == [
-        ("metrics.jsonl", sizes["metrics.jsonl"]),
-        ("ckpt_000001.pt.tmp", sizes["ckpt_000001.pt"]),
-        ("renamed", 0),
-        (tmp_path.name, 0),
+    log = tmp_path / "metrics.jsonl"
+    assert flushed[-3:] == [
+        (log.name, log.stat().st_size, False),
+        (path.name + ".tmp", path.stat().st_size, False),
+        (tmp_path.name, tmp_path.stat().st_size, True),
     ]
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 def test_a_first_save_that_fails_names_the_file(arguments, tmp_path):
@@ -1022,10 +1023,23 @@ def test_a_first_save_that_fails_names_the_file(arguments, tmp_path):
     assert files_of(tmp_path).keys() == {"metrics.jsonl"}
 
 
+def test_a_full_disk_names_the_log(tmp_path, monkeypatch):
+    log = run.start_log(Settings(out_dir=str(tmp_path)), 0)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"):
+        log({"step": 1})
+
+
 def test_a_folder_in_use_is_refused(arguments, tmp_path):
     with locked(tmp_path / "lock", tmp_path):
         assert_refused(train, arguments(), tmp_path, "in use")
     run_here(train, *arguments(max_iters=1))
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.fcntl.flock", no_locks)
+    with locked(tmp_path / "lock", tmp_path):
+        pass
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
@@ -1053,9 +1067,7 @@ NOT_CHECKPOINTS = {
     "cut": b"PK\x03\x04 and no more",
     "pickled": pickle.dumps({"model": 1}),
     "pickled code": pickle.dumps(Evil()),
-    "none": as_saved(None),
     "list": as_saved([1, 2]),
-    "no names": as_saved({1: 2}),
     "no shape": as_saved({"model": {}}),
     "code": as_saved(Evil()),
     "code inside": as_saved({"model": Evil()}),
@@ -1135,7 +1147,6 @@ def test_data_too_short_for_a_sequence_is_refused(name, advice, refused):
 IMPOSSIBLE = [
     ("head_dim", 7, "head_dim"),
     ("n_kv_head", 3, "n_kv_head"),
-    ("rope_theta", 0, "rope_theta"),
     ("device", "cuda:77", "--device=cpu"),
     ("logger", "wandbb", "'wandb'"),
 ]
