@@ -28,7 +28,7 @@ def shown(folder):
     """What TensorBoard shows of a run: [(name, step, value)], sorted."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folder)).Reload()
     found = []
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
@@ -94,7 +94,7 @@ def wandb(monkeypatch):
 
     def init(id, resume, **options):
         assert resume == "allow"
-        new = SimpleNamespace(id=id or "new id", lines=[])
+        new = SimpleNamespace(id=id or f"id {len(module.runs)}", lines=[])
         new.log = lambda line, step: new.lines.append((step, line))
         module.runs.append(new)
         return new
@@ -111,7 +111,7 @@ def test_wandb_gets_every_line_under_one_id(wandb, tiny_data, tmp_path):
         arguments = tiny(data_dir=tiny_data, out_dir=tmp_path, logger="wandb", max_iters=last)
         run_here(train, *arguments, "--resume=True")
     first, second = wandb.runs
-    assert first.id == second.id == (tmp_path / "wandb_id").read_text() == "new id"
+    assert first.id == second.id == "id 0"
     assert first.lines + second.lines == [(line["step"], line) for line in lines_in(tmp_path)]
 
 
