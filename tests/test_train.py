@@ -1,8 +1,21 @@
-"""Training against independent references, and real runs stopped, killed, resumed and fed with bad input."""
+"""train.py: what a run leaves, how it continues after a stop, and its steps beside plain references.
+
+The promises:
+- a run leaves its two newest checkpoints and a log, and prints its settings;
+- Ctrl-C, SIGTERM, a kill or a full disk lose nothing: with --resume=True the run ends with the same bits;
+- a step is that of a slow loop in float64, however it is cut into micro-batches, on two processes too;
+- every sequence comes once an epoch, in an order that depends on the seed and the epoch alone;
+- a run that diverges ends, and its last good checkpoint stays;
+- a mistake is one line that says what to do, and changes no file.
+
+The order: a whole run, stopped and resumed, steps, learning rates, data, evaluation, losses that are not
+finite, two processes, types and compilation, files, bad input.
+"""
 
 import ast
-import copy
-import functools
+import dataclasses
+import errno
+import io
 import itertools
 import json
 import math
@@ -10,634 +23,176 @@ import os
 import pickle
 import platform
 import re
+import resource
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import (
-    ROOT,
+from helpers import (
+    SHAPE,
     TINY,
+    as_two_processes,
     assert_one_line_error,
+    assert_refused,
+    lines_of,
     meta_of,
     metrics_of,
     reseal,
+    run_here,
     run_script,
-    script_here,
+    same,
+    same_state,
+    start_script,
+    strong_model,
     tiny,
+    wait_for_step,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import sample
 import train
-from common.checkpoint import build_model, find_checkpoints, read_checkpoint
-from common.files import UserError, load_tokenizer
+from common import checkpoint, run
+from common.checkpoint import build_model, find_checkpoints, read_checkpoint, try_compile
+from common.files import UserError, atomic_write, load_tokenizer, locked
 from model import GPT, IGNORE, ModelConfig
-from train import Muon, Settings, TokenDataset, learning_rate_at, orthogonalize
+from train import Settings, TokenDataset
 
-SHAPE = {k: v for k, v in TINY.items() if k in ModelConfig.__dataclass_fields__}
-MEASURED = ("tokens_per_second", "peak_memory")  # what differs from run to run
-
-
-run_here = functools.partial(script_here, train.main)
-
-
-def arguments(data_dir, out_dir, **changes):
-    return ["train.py", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *tiny(**changes)]
-
-
-def start(*args, **changes):
-    """Start `python ARGS` with these settings and go on at once."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *args, *arguments(**changes)[1:]]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_step(process, out_dir, step):
-    """Until metrics.jsonl has a line of this step or a later one."""
-    path = Path(out_dir) / "metrics.jsonl"
-    while not (
-        path.exists() and any(json.loads(x)["step"] >= step for x in path.read_text().split("\n")[:-1])
-    ):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
-def same(a, b):
-    """Equal bit for bit, whatever lies inside what."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            same(x, y)
-    else:
-        assert a == b
-
-
-def same_state(one, other):
-    """Two checkpoints hold the same weights, optimizers and step."""
-    one, other = read_checkpoint(one), read_checkpoint(other)
-    for key in one.keys() - {"settings", "seconds"}:
-        same(one[key], other[key])
-
-
-def lines_of(folder):
-    """The lines of metrics.jsonl without what is measured on the way."""
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder)]
-
-
-def config_of(data_dir):
-    return ModelConfig(vocab_size=meta_of(data_dir)["vocab_size"], **SHAPE)
-
-
-def meta_for(path):
-    """What a .bin file is opened with."""
-    return {path.stem: {"tokens": path.stat().st_size // 2}}
-
-
-# ---- The arithmetic of a step ----------------------------------------------------------------------
-
-
-class Rows(train.ShuffledDataset):
-    """Random sequences, with targets that are to be ignored: fewer in some rows than in others."""
-
-    def __init__(self, vocab_size, length):
-        super().__init__(Path("rows"), 50, 3, length)
-        self.vocab_size = vocab_size
-
-    def row(self, n):
-        rng = np.random.default_rng(n)
-        tokens = rng.integers(0, self.vocab_size, self.tokens_per_sequence + 1)
-        targets = tokens[1:].copy()
-        targets[rng.random(self.tokens_per_sequence) < (n % 5) / 5] = IGNORE
-        return tokens[:-1], targets
-
-    def sequences(self, indices):
-        tokens, targets = zip(*map(self.row, indices), strict=True)
-        return {"tokens": torch.tensor(np.stack(tokens)), "targets": torch.tensor(np.stack(targets))}
-
-
-def train_here(tiny_data, out_dir, data=None, model=None, loss_fn=train.next_token_loss, **changes):
-    """Call the loop itself. Returns the model, the gradients of the last step and the micro-batches it was
-    fed.
-    """
-    s = Settings(**TINY | {"data_dir": str(tiny_data), "out_dir": str(out_dir), "dtype": "float32"} | changes)
-    train_data, val_data, _, metadata = train.open_data(s)
-    if model is None:
-        torch.manual_seed(5)
-        model = GPT(config_of(tiny_data))
-    Path(out_dir).mkdir(exist_ok=True)  # as `run.training` does
-    newest, calls = {}, []
-    for name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda p, name=name: newest.__setitem__(name, p.grad.clone()))
-
-    def watched(model, batch):
-        if torch.is_grad_enabled():  # training, not evaluation
-            calls.append(batch)
-        return loss_fn(model, batch)
-
-    train.train(s, model, data or train_data, val_data, metadata, watched)
-    return SimpleNamespace(model=model, gradients=newest, batches=calls)
-
-
-def mean_loss(model, data, first, count):
-    """The mean over all targets that count, one sequence and one target at a time."""
-    total, targets = 0.0, 0
-    for n in range(first, first + count):
-        row = data.batch(n, 1)
-        logits = F.linear(model.hidden(row["tokens"]), model.embedding.weight)[0]
-        for position, target in enumerate(row["targets"][0].tolist()):
-            if target != IGNORE:
-                total = total + logits[position].logsumexp(0) - logits[position, target]
-                targets += 1
-    return total / targets
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_accumulated_gradients_equal_one_big_batch(masked, tiny_data, tmp_path):
-    """4 micro-batches of 2 give the loss and the gradients of 1 of 8, and both those of a slow float64 loop,
-    also where the micro-batches differ in how many targets count."""
-    config = config_of(tiny_data)
-    data = Rows(config.vocab_size, config.block_size) if masked else None
-    found = {}
-    for size, accumulated in ((8, 1), (2, 4)):
-        out = tmp_path / f"{size}"
-        run_ = train_here(tiny_data, out, data, batch_size=size, gradient_accumulation_steps=accumulated, max_iters=1,
-                          log_interval=1, grad_clip=0.0, optimizer="adamw", learning_rate=1e-12)  # fmt: skip
-        assert [len(b["tokens"]) for b in run_.batches] == [size] * accumulated
-        found[size] = run_.gradients, metrics_of(out)[0]
-    torch.manual_seed(5)
-    reference = GPT(config).double()
-    data = data or TokenDataset(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
-    loss = mean_loss(reference, data, 0, 8)
-    loss.backward()
-    norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
-    for gradients, line in found.values():
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
-        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
-        for name, p in reference.named_parameters():
-            torch.testing.assert_close(gradients[name].double(), p.grad, rtol=1e-4, atol=1e-6)
-    for name in found[8][0]:
-        torch.testing.assert_close(found[8][0][name], found[2][0][name], rtol=1e-4, atol=1e-7)
-
-
-def test_document_mask_hides_the_story_before(tiny_data, tmp_path):
-    """With document_mask the loss is that of every story, and every piece of one, read alone in float64."""
-    config = config_of(tiny_data)
-    end = meta_of(tiny_data)["end_token"]
-    data = TokenDataset(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
-    torch.manual_seed(5)
-    model = GPT(config)
-    for p in model.parameters():  # attention that matters
-        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
-    reference, total, pieces = GPT(config).double(), 0.0, 0
-    reference.load_state_dict(model.state_dict())
-    for n in range(40):
-        row = data.batch(n, 1)
-        starts = (
-            [0] + [i for i, t in enumerate(row["tokens"][0].tolist()) if t == end and i] + [config.block_size]
-        )
-        for a, b in itertools.pairwise(starts):  # the end of a story stands at the head of the next
-            logits = reference(row["tokens"][:, a:b])[0]
-            total += F.cross_entropy(logits, row["targets"][0, a:b], reduction="sum").item()
-            pieces += 1
-    assert pieces > 40
-    s = {"batch_size": 40, "max_iters": 1, "log_interval": 1}
-    for mask in (True, False):
-        copy = GPT(config)
-        copy.load_state_dict(model.state_dict())
-        train_here(tiny_data, tmp_path / f"{mask}", model=copy, document_mask=mask, **s)
-    with_mask, without = (metrics_of(tmp_path / f"{mask}")[0]["loss"] for mask in (True, False))
-    assert with_mask == pytest.approx(total / (40 * config.block_size), rel=1e-6)
-    assert without != pytest.approx(with_mask, rel=1e-4)
-
-
-def by_hand(model, data, s, names):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with clipping by norm, in float64, on the named
-    parameters.
-    """
-    model = model.double()
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
-    for step in range(s["max_iters"]):
-        model.zero_grad()
-        mean_loss(model, data, step * s["batch_size"], s["batch_size"]).backward()
-        norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
-        share = min(1.0, s["grad_clip"] / norm)
-        rate = s["learning_rate"] * (step + 1) / s["warmup_iters"]
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name not in names:
-                    continue
-                m, v = moments[name]
-                m.mul_(s["beta1"]).add_(p.grad * share * (1 - s["beta1"]))
-                v.mul_(s["beta2"]).add_((p.grad * share) ** 2 * (1 - s["beta2"]))
-                if p.dim() >= 2:
-                    p.mul_(1 - rate * s["weight_decay"])
-                rooted = (v / (1 - s["beta2"] ** (step + 1))).sqrt() + 1e-8
-                p.sub_(rate * (m / (1 - s["beta1"] ** (step + 1))) / rooted)
-    return model
-
-
-def test_adamw_steps_by_hand(tiny_data, tmp_path):
-    """Warm-up, clipping, both moments, and weight decay on matrices only: the weights after four steps."""
-    s = {"max_iters": 4, "batch_size": 2, "warmup_iters": 4, "learning_rate": 1e-3, "weight_decay": 3.0}
-    s |= {"beta1": 0.8, "beta2": 0.9, "grad_clip": 0.05}
-    ours = train_here(tiny_data, tmp_path / "out", optimizer="adamw", **s).model
-    torch.manual_seed(5)
-    start_, config = GPT(ours.config), ours.config
-    data = TokenDataset(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
-    before = {name: p.clone() for name, p in start_.named_parameters()}
-    reference = by_hand(start_, data, s, set(before))
-    for name, p in reference.named_parameters():
-        moved, expected = ours.get_parameter(name).double() - before[name].double(), p - before[name].double()
-        assert expected.abs().max() > 1e-3
-        assert (moved - expected).norm() < 2e-3 * expected.norm(), name
-
-
-def test_muon_takes_the_matrices_of_the_blocks_only(tiny_data, tmp_path):
-    """One step: each matrix inside the blocks moves by a nearly orthogonal matrix of the scale
-    0.2 * sqrt(longer side) * learning rate; everything else moves as AdamW by hand has it."""
-    s = {"max_iters": 1, "batch_size": 4, "warmup_iters": 1, "learning_rate": 1e-3, "weight_decay": 0.0}
-    s |= {"beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
-    ours = train_here(tiny_data, tmp_path / "out", optimizer="muon", **s).model
-    torch.manual_seed(5)
-    start_, config = GPT(ours.config), ours.config
-    before = {name: p.detach().double().clone() for name, p in start_.named_parameters()}
-    data = TokenDataset(tiny_data / "train.bin", meta_of(tiny_data), config.block_size, Settings.seed)
-    inside = {name for name, p in before.items() if name.startswith("blocks.") and p.dim() == 2}
-    assert len(inside) == 7 * config.n_layer
-    reference = by_hand(start_, data, s, before.keys() - inside)
-    for name in before:
-        moved = ours.get_parameter(name).detach().double() - before[name]
-        if name in inside:
-            scale = s["learning_rate"] * 0.2 * math.sqrt(max(moved.shape))
-            singular = torch.linalg.svdvals(moved) / scale
-            assert singular.min() > 0.3 and singular.max() < 1.4, (name, singular)
-        else:
-            expected = reference.get_parameter(name).detach() - before[name]
-            assert (moved - expected).norm() < 2e-3 * expected.norm(), name
-
-
-@pytest.mark.parametrize("momentum", [0.95, 0.8])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
-def test_muon_moves_as_the_library_has_it(dtype, close, momentum):
-    """Five steps beside torch.optim.Muon, which computes in bfloat16: what float32 differs by is rounding."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(16, 16), (16, 40), (40, 16), (16, 16), (48, 16)]
-    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    theirs, before = copy.deepcopy(ours), copy.deepcopy(ours)
-    mine = Muon(ours, 0.1, momentum, dtype)
-    reference = torch.optim.Muon(theirs, 0.02, 0.1, momentum, adjust_lr_fn="match_rms_adamw")
-    mine.param_groups[0]["lr"] = 0.02
-    for _ in range(5):
-        for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(a.shape, generator=generator)
-            b.grad = a.grad.clone()
-        mine.step()
-        reference.step()
-    for a, b, start in zip(ours, theirs, before, strict=True):
-        assert (a - b).norm() < close * (b - start).norm()
-
-
-def test_orthogonalized_keeps_the_directions_and_evens_their_lengths():
-    x = torch.randn(3, 24, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
-    found = orthogonalize(x)
-    inner = u.mT @ found @ v.mT  # (3, 10, 10), diagonal if no direction was turned
-    lengths = inner.diagonal(dim1=1, dim2=2)
-    assert (inner - torch.diag_embed(lengths)).abs().max() < 1e-9
-    s = s / s.norm(dim=1, keepdim=True)
-    for _ in range(5):  # the polynomial of each singular value by itself
-        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-    assert torch.allclose(lengths, s, atol=1e-9) and s.min() > 0.6 and s.max() < 1.3
-
-
-def rates(s, steps):
-    """The learning rates of a run whose time does not matter."""
-    return [learning_rate_at(train.progress_of(step, 0.0, s), s) for step in range(steps)]
-
-
-def test_learning_rates_by_hand():
-    wsd = Settings(
-        learning_rate=1.0, min_lr=0.0, warmup_iters=4, max_iters=20, schedule="wsd", decay_fraction=0.5
-    )
-    expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 9 + [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    assert rates(wsd, 20) == pytest.approx(expected)
-    cosine = Settings(learning_rate=2.0, min_lr=0.2, warmup_iters=2, max_iters=10, schedule="cosine")
-    expected = [1.0, 2.0] + [1.1 + 0.9 * math.cos(math.pi * i / 8) for i in range(8)]
-    assert rates(cosine, 10) == pytest.approx(expected)
-    constant = Settings(learning_rate=1.0, warmup_iters=0, max_iters=5, decay_fraction=0.0)
-    assert rates(constant, 5) == [1.0] * 5
-    fall = Settings(learning_rate=1.0, min_lr=0.5, warmup_iters=0, max_iters=4, decay_fraction=1.0)
-    assert rates(fall, 4) == pytest.approx([1.0, 0.875, 0.75, 0.625])
-    short = Settings(learning_rate=1.0, warmup_iters=10, max_iters=3)  # ends within the warm-up
-    assert rates(short, 3) == pytest.approx([0.1, 0.2, 0.3])
-
-
-@pytest.mark.parametrize(("warmup", "reached"), [(50, "10%"), (5, "100%"), (4, "")])
-def test_a_run_that_is_all_warm_up_says_so(warmup, reached, tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", warmup_iters=warmup, max_iters=5))
-    found = [line for line in done.stdout.splitlines() if line.startswith(f"warmup_iters = {warmup}: ")]
-    said = f"warmup_iters = {warmup}: all steps are warm-up, up to {reached} of learning_rate; lower it"
-    assert (done.returncode, found) == (0, [said] if reached else [])
-    rate = TINY.get("learning_rate", 0.003)
-    assert metrics_of(tmp_path / "out")[-1]["learning_rate"] <= rate * min(1, 5 / warmup) + 1e-12
-
-
-def test_a_first_save_that_fails(tiny_data, tmp_path):
-    """The error names the file, and promises nothing of older checkpoints: there are none."""
-    code = "import resource, signal, train; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1)); "
-    code += "train.report_errors(train.main)"
-    done = run_script("-c", code, *arguments(tiny_data, tmp_path / "out")[1:], check=False)
-    assert_one_line_error(done, tmp_path / "out" / "ckpt_000004.pt", "File too large")
-    assert "resume" not in done.stderr.splitlines()[-1] and not list((tmp_path / "out").glob("ckpt*"))
-
-
-def test_progress_is_that_of_the_steps_or_of_the_time():
-    """Whichever is further decides how far the learning rate has come down."""
-    s = Settings(learning_rate=1.0, warmup_iters=0, max_iters=100, minutes=2.0, decay_fraction=0.5)
-    for step, seconds, progress in ((50, 30.0, 0.5), (50, 90.0, 0.75), (10, 120.0, 1.0), (100, 0.0, 1.0)):
-        assert train.progress_of(step, seconds, s) == progress
-        assert learning_rate_at(progress, s) == pytest.approx(min(1.0, 2 * (1 - progress)))
-
-
-@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-@pytest.mark.parametrize("seconds_per_step", [0.1, 1.5, 7.0])
-def test_the_learning_rate_never_jumps(schedule, seconds_per_step):
-    """However slow the hardware: no step changes it by more than the steps of the warm-up do."""
-    s = Settings(learning_rate=1.0, warmup_iters=20, max_iters=100, minutes=1.0, schedule=schedule)
-    rates = []
-    progress = 0.0
-    while progress < 1:
-        rates.append(learning_rate_at(progress, s))
-        progress = train.progress_of(len(rates), len(rates) * seconds_per_step, s)
-    share_of_a_step = max(1 / 100, seconds_per_step / 60)
-    changes = [abs(b - a) for a, b in itertools.pairwise(rates)]
-    assert max(changes) <= share_of_a_step / (20 / 100) + 1e-9  # the slope of the warm-up is the steepest
-    assert max(rates) > 0.85 and rates[-1] < 0.4
-
-
-# ---- Data ------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(10, 80),
-    st.integers(0, 5),
-    st.lists(st.integers(1, 9), min_size=1, max_size=40),
-)
-def test_every_block_once_an_epoch(tmp_path_factory, block, length, seed, sizes):
-    """However the batches are cut: the blocks of the file, each once before any comes again."""
-    path = tmp_path_factory.getbasetemp() / "blocks.bin"
-    tokens = np.random.default_rng(length).permutation(1000)[
-        :length
-    ]  # no token twice: it tells where it stood
-    tokens.astype("<u2").tofile(path)
-    blocks = [tokens[i * block : (i + 1) * block + 1].tolist() for i in range((length - 1) // block)]
-    data, rows = TokenDataset(path, meta_for(path), block, seed), []
-    assert len(data) == len(blocks)
-    for size in sizes:
-        batch = data.batch(len(rows), size)
-        assert batch["tokens"].shape == batch["targets"].shape == (size, block)
-        for row, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
-            assert row[1:] == targets[:-1]
-            rows.append(row + targets[-1:])
-    for epoch in range(0, len(rows), len(blocks)):
-        here = sorted(rows[epoch : epoch + len(blocks)])
-        assert here == sorted(blocks) if len(here) == len(blocks) else len(here) == len(set(map(tuple, here)))
-    again = TokenDataset(path, meta_for(path), block, seed)  # from anywhere, in any order
-    for n in reversed(range(len(rows))):
-        assert again.batch(n, 1)["tokens"][0].tolist() == rows[n][:-1]
-
-
-def test_order_depends_on_epoch_and_seed(tmp_path):
-    np.arange(3001, dtype="<u2").tofile(tmp_path / "a.bin")
-
-    def epochs(seed, count=3):
-        data = TokenDataset(tmp_path / "a.bin", meta_for(tmp_path / "a.bin"), 10, seed)
-        firsts = data.batch(0, 300 * count)["tokens"][:, 0]
-        return [tuple(epoch.tolist()) for epoch in firsts.split(300)]
-
-    orders = epochs(1) + epochs(2) + epochs(3)
-    assert len(set(orders)) == 9  # no two alike, and none as it stands in the file
-    assert tuple(range(0, 3000, 10)) not in orders
-    assert epochs(1) == orders[:3]
-
-
-def test_epochs_become_steps(tiny_data, tmp_path):
-    """Half a pass over the data, and the part of a step that this leaves over."""
-    data, *_ = train.open_data(Settings(**TINY | {"data_dir": str(tiny_data)}))
-    done = train_here(tiny_data, tmp_path / "out", epochs=0.5, batch_size=16, gradient_accumulation_steps=2)
-    assert len(done.batches) == 2 * -(-len(data) // 64)
-    assert find_checkpoints(tmp_path / "out")[0].name == f"ckpt_{len(done.batches) // 2:06}.pt"
-
-
-def test_the_loop_takes_every_sequence_in_its_turn(tiny_data, tmp_path):
-    """Two epochs of a small file, micro-batch by micro-batch, the second after a resume."""
-    folder = tmp_path / "data"
-    shutil.copytree(tiny_data, folder)
-    tokens = np.fromfile(folder / "train.bin", dtype="<u2")[: 24 * 32 + 5]
-    tokens.tofile(folder / "train.bin")
-    reseal(folder)
-    taken = []
-
-    changes = {"batch_size": 3, "gradient_accumulation_steps": 2, "save_interval": 4}
-    for more in (
-        {"max_iters": 4},
-        {"max_iters": 8, "resume": True},
-    ):  # 4 steps of 6 sequences: an epoch of 24
-        for batch in train_here(folder, tmp_path / "out", **changes, **more).batches:
-            assert len(batch["tokens"]) == 3
-            taken.extend(map(tuple, torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1).tolist()))
-    expected = sorted(tuple(tokens[i * 32 : (i + 1) * 32 + 1].tolist()) for i in range(24))
-    assert len(set(expected)) == 24
-    assert sorted(taken[:24]) == sorted(taken[24:]) == expected
-    assert taken[:24] != taken[24:]
-
-
-# ---- A whole run, and what it leaves ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole_run(tiny_data, tmp_path_factory):
-    """Runs of 12 steps that nothing stopped, one for each optimizer."""
-    made = {}
-
-    def run_of(optimizer):
-        if optimizer not in made:
-            out, changes = (
-                tmp_path_factory.mktemp("whole") / "out",
-                {"optimizer": optimizer, "eval_interval": 4},
-            )
-            done = run_script(*arguments(tiny_data, out, **changes))
-            made[optimizer] = SimpleNamespace(out=out, changes=changes, stdout=done.stdout, data=tiny_data)
-        return made[optimizer]
-
-    return run_of
-
-
-@pytest.fixture(params=["adamw", "muon"])
-def whole(request, whole_run):
-    return whole_run(request.param)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def adamw(whole_run):
-    return whole_run("adamw")
+def arguments(tiny_data, tmp_path):
+    """The arguments of a small run in tmp_path, with changes."""
+
+    def arguments(**changes):
+        return tiny(data_dir=tiny_data, out_dir=tmp_path, **changes)
+
+    return arguments
 
 
-def test_what_a_run_prints(whole):
+def files_of(folder):
+    """The files of a folder and what they hold, but for the lock."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files.pop("lock", None)
+    return files
+
+
+def first_line(folder):
+    """That of the evaluation before the first step."""
+    with open(folder / "metrics.jsonl") as f:
+        return json.loads(f.readline())
+
+
+# ---- A whole run -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tmp_path_factory):
+    """A run of 12 steps, in a folder where a killed one has left lines and half a checkpoint."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 0, "val_loss": 9.0}\n{"step": 2, "lo')
+    (out / "ckpt_000003.pt.tmp").write_bytes(b"half")
+    settings = TINY | {"data_dir": str(tiny_data), "dtype": "float32", "log_interval": 5}
+    done = run_here(train, *tiny(out_dir=out, **settings))
+    return SimpleNamespace(out=out, settings=settings, stdout=done.stdout)
+
+
+def test_a_run_prints_its_settings_and_what_follows(whole, tiny_data):
     printed = {}
     for line in whole.stdout.splitlines():
-        if m := re.fullmatch(r"(\w+) = (.+)", line):
-            printed[m[1]] = ast.literal_eval(m[2])
-    expected = TINY | whole.changes | {"data_dir": str(whole.data), "out_dir": str(whole.out)}
-    assert set(printed) == set(Settings.__dataclass_fields__)
-    assert {key: printed[key] for key in expected} == expected
-    weights = read_checkpoint(whole.out)["model"]
-    assert f"{sum(w.numel() for w in weights.values()):,} parameters, cpu, " in whole.stdout
-    assert f" {4 * 32:,} tokens a step" in whole.stdout and "starting from the beginning" in whole.stdout
+        key, _, value = line.partition(" = ")
+        if key in Settings.__dataclass_fields__:
+            printed[key] = ast.literal_eval(value)
+    assert printed == dataclasses.asdict(Settings(out_dir=str(whole.out), **whole.settings))
+    saved = read_checkpoint(whole.out)
+    assert saved["settings"] == printed
+    parameters = sum(weight.numel() for weight in saved["model"].values())
+    sequences = (meta_of(tiny_data)["train"]["tokens"] - 1) // 32
+    for line in (
+        f"{parameters:,} parameters, cpu, float32, 128 tokens a step",
+        f"12 steps are {12 * 4 / sequences:.1f} epochs of {sequences:,} sequences",
+        "starting from the beginning",
+        "finished and saved at step 12",
+    ):
+        assert line in whole.stdout.splitlines()
+    assert "step 12: validation loss" in whole.stdout
+    assert "warm-up" not in whole.stdout
 
 
-def test_what_a_run_leaves(whole):
-    """The two newest checkpoints, each complete in itself, and nothing beside."""
+def test_a_run_leaves_its_two_newest_checkpoints_and_a_log(whole, tiny_data):
     names = ["ckpt_000008.pt", "ckpt_000012.pt", "lock", "metrics.jsonl"]
-    assert sorted(p.name for p in whole.out.iterdir()) == names
-    assert [p.name for p in find_checkpoints(whole.out)] == ["ckpt_000012.pt", "ckpt_000008.pt"]
-    for path, step in zip(find_checkpoints(whole.out), (12, 8), strict=True):
-        state = torch.load(path, weights_only=True)
-        assert state["step"] == step and state["tokenizer"] == (whole.data / "tokenizer.model").read_bytes()
-        assert state["settings"]["optimizer"] == whole.changes["optimizer"]
-        assert state["model"]["embedding.weight"].shape == (config_of(whole.data).vocab_size, SHAPE["n_embd"])
-    assert read_checkpoint(whole.out)["step"] == 12
+    assert sorted(path.name for path in whole.out.iterdir()) == names
+    tokenizer = (tiny_data / "tokenizer.model").read_bytes()
+    for step in (8, 12):
+        saved = torch.load(whole.out / f"ckpt_{step:06d}.pt", weights_only=True)
+        assert saved["step"] == step
+        assert saved["tokenizer"] == tokenizer
+        assert saved["data"] == meta_of(tiny_data)["train"]
+        assert saved["prompt"] == [load_tokenizer(tokenizer, "").eos_id()]
 
 
-def test_an_unfinished_checkpoint_is_removed(tiny_data, tmp_path):
-    """What a killed process has left beside its checkpoints goes with the next save."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "ckpt_000003.pt.tmp").write_bytes(b"half")
-    assert run_here(*arguments(tiny_data, out)).returncode == 0
-    assert sorted(p.name for p in out.iterdir()) == [
-        "ckpt_000008.pt",
-        "ckpt_000012.pt",
-        "lock",
-        "metrics.jsonl",
-    ]
-
-
-def test_a_run_that_begins_again_begins_its_log_again(tiny_data, tmp_path):
-    """One that ended before its first checkpoint: nothing of its log remains, and ln V comes first, once."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "metrics.jsonl").write_text(
-        '{"step": 0, "tokens": 0, "val_loss": 9.0}\n{"step": 2, "loss": 1.0}\n'
-    )
-    assert run_here(*arguments(tiny_data, out)).returncode == 0
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10, 12]
-    assert lines[0]["val_loss"] == pytest.approx(math.log(config_of(tiny_data).vocab_size), rel=0.02)
-
-
-def test_metrics_of_a_run(whole):
+def test_the_log_begins_anew_and_has_a_line_for_every_interval(whole, tiny_data):
+    first = first_line(whole.out)
+    assert first["step"] == first["tokens"] == 0
+    vocab_size = meta_of(tiny_data)["vocab_size"]
+    assert first["val_loss"] == pytest.approx(math.log(vocab_size), rel=0.02)
     lines = metrics_of(whole.out)
-    assert [x["step"] for x in lines] == [2, 4, 6, 8, 10, 12]
-    names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
-    evaluation = {"val_loss", "val_perplexity", "val_bits_per_character"}
+    # every 5 steps, and where it evaluates (every 6) or saves (every 4)
+    assert [line["step"] for line in lines] == [4, 5, 6, 8, 10, 12]
     for line in lines:
-        assert set(line) == (names if line["step"] % 4 else names | evaluation)
-        assert all(math.isfinite(value) and value > 0 for value in line.values())
+        names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+        if line["step"] % 6 == 0:
+            names |= {"val_loss", "val_perplexity", "val_bits_per_character"}
+        assert line.keys() == names
+        assert min(line.values()) > 0
         assert line["tokens"] == line["step"] * 4 * 32
-    # Warm-up over 2 steps, a hold, then from step 7 of 12 down in a line: the rates of steps 2, 4, ..., 12.
-    rates = [0.003 * share for share in (1, 1, 1, 1, 3 / 5, 1 / 5)]
-    assert [x["learning_rate"] for x in lines] == pytest.approx(rates)
-    assert lines[0]["loss"] == pytest.approx(math.log(config_of(whole.data).vocab_size), rel=0.02)
+    # Warm-up over 2 steps, a hold, then from step 8 of 12 down in a line.
+    rates = [line["learning_rate"] / 0.003 for line in lines]
+    assert rates == pytest.approx([1, 1, 1, 1, 3 / 5, 1 / 5])
 
 
-def test_evaluation_by_hand(whole, tmp_path):
-    """The loss of each checkpoint over the first blocks of val.bin in their seeded order, from NumPy and
-    float64, and bits per character from the decoded text; the same blocks every time."""
-    # The runs of `whole` multiply in bfloat16: the same weights evaluated in float32 serve for the
-    # comparison.
-    out = tmp_path / "out"
-    s = {"dtype": "float32", "eval_interval": 4, "optimizer": whole.changes["optimizer"]}
-    train_here(whole.data, out, **s)
-    tokens = np.fromfile(whole.data / "val.bin", dtype="<u2").astype(np.int64)
-    order = np.random.default_rng((0, 0)).permutation((len(tokens) - 1) // 32)[: TINY["eval_sequences"]]
-    rows = torch.from_numpy(np.stack([tokens[i * 32 : i * 32 + 33] for i in order]))
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(whole.data / "tokenizer.model"))
-    characters = sum(len(tokenizer.decode(row[1:].tolist())) for row in rows)
-    lines = {x["step"]: x for x in metrics_of(out) if "val_loss" in x}
-
-    def nats_of(path):
-        with torch.no_grad():
-            log_p = build_model(read_checkpoint(path), path).double()(rows[:, :-1]).log_softmax(-1)
-        return -sum(log_p[i, t, rows[i, t + 1]].item() for i in range(len(rows)) for t in range(32))
-
-    for path, step in zip(find_checkpoints(out), (12, 8), strict=True):
-        nats, line = nats_of(path), lines[step]
-        assert line["val_loss"] == pytest.approx(nats / (len(rows) * 32), rel=1e-6)
-        assert line["val_perplexity"] == pytest.approx(math.exp(nats / (len(rows) * 32)), rel=1e-5)
-        assert line["val_bits_per_character"] == pytest.approx(nats / math.log(2) / characters, rel=1e-6)
-    # The process that multiplied in bfloat16 saw the same blocks.
-    coarse = {x["step"]: x["val_loss"] for x in metrics_of(whole.out) if "val_loss" in x}
-    assert coarse[12] == pytest.approx(nats_of(whole.out / "ckpt_000012.pt") / (len(rows) * 32), rel=2e-3)
-
-
-def test_real_stories_are_learned(shared, tmp_path):
-    """Validation loss well below the entropy of single tokens: the model has learned what follows what."""
-    run_script("prepare.py", shared / "zh_stories.jsonl", "--out_dir", tmp_path / "data", "--vocab_size", 4000,
-               "--val_fraction", 0.05)  # fmt: skip
-    shape = {"n_embd": 96, "head_dim": 24, "intermediate_size": 192, "block_size": 64, "batch_size": 16}
-    often = {
-        "max_iters": 100,
-        "learning_rate": 0.01,
-        "eval_interval": 100,
-        "save_interval": 100,
-        "eval_sequences": 100,
-    }
-    run_script("train.py", *tiny(data_dir=tmp_path / "data", out_dir=tmp_path / "out", **shape, **often))
-    tokens = np.fromfile(tmp_path / "data" / "val.bin", dtype="<u2")
-    share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+def test_a_model_learns_what_follows_what(arguments, tiny_data, tmp_path):
+    """The validation loss falls well below the entropy of single tokens, in less than an epoch."""
+    settings = {"epochs": 0.9, "batch_size": 16, "learning_rate": 0.02}
+    run_here(train, *arguments(**settings, eval_interval=1000, save_interval=1000))
+    tokens = np.fromfile(tiny_data / "val.bin", dtype="<u2")
+    _, counts = np.unique(tokens, return_counts=True)
+    share = counts / len(tokens)
     entropy = -(share * np.log(share)).sum()
-    assert metrics_of(tmp_path / "out")[-1]["val_loss"] < entropy - 0.5
+    last = metrics_of(tmp_path)[-1]
+    assert last["val_loss"] < entropy - 0.4
+    assert last["tokens"] == pytest.approx(0.9 * meta_of(tiny_data)["train"]["tokens"], rel=0.02)
 
 
-def test_evaluation_of_fewer_blocks_than_asked_for(tiny_data, tmp_path):
-    """eval_sequences past the end of the data means all of them, each once."""
-    folder = tmp_path / "data"
-    shutil.copytree(tiny_data, folder)
-    tokens = np.fromfile(folder / "val.bin", dtype="<u2")[: 5 * 32 + 9]
-    tokens.tofile(folder / "val.bin")
-    reseal(folder)
-    s = {"max_iters": 1, "eval_sequences": 1000, "batch_size": 3}
-    model = train_here(folder, tmp_path / "out", **s).model.double()
-    rows = torch.from_numpy(np.stack([tokens[i * 32 : i * 32 + 33] for i in range(5)]).astype(np.int64))
-    with torch.no_grad():
-        expected = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-    line = next(x for x in metrics_of(tmp_path / "out") if "val_loss" in x)
-    assert line["val_loss"] == pytest.approx(expected.item(), rel=1e-6)
+def test_the_speed_is_that_of_training_alone(tiny_data, tmp_path, monkeypatch):
+    """By a clock that the loss of each batch moves by a second, in evaluation too."""
+    batches = []
+
+    def loss_fn(model, batch):
+        batches.append(batch)
+        return train.next_token_loss(model, batch)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: len(batches))
+    train_here(settings_for(tiny_data, tmp_path), loss_fn)
+    assert [line["tokens_per_second"] for line in metrics_of(tmp_path)] == [128] * 6
+    assert read_checkpoint(tmp_path)["seconds"] == 12 + 2 * 2
+
+
+@pytest.mark.parametrize(("warmup", "reached"), [(5, "20%"), (1, "100%")])
+def test_a_run_that_is_all_warm_up_says_so(arguments, warmup, reached):
+    done = run_here(train, *arguments(warmup_iters=warmup, max_iters=1))
+    assert f"warmup_iters = {warmup}: all steps are warm-up, up to {reached} of learning_rate" in done.stdout
+
+
+def test_the_seed_decides_the_first_weights(whole, arguments, tmp_path):
+    run_here(train, *arguments(dtype="float32", max_iters=1, seed=7, deterministic=False))
+    assert first_line(tmp_path) != first_line(whole.out)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # ---- Stopped and resumed ---------------------------------------------------------------------------
@@ -650,746 +205,967 @@ def stopped_at(whole_out, out, step):
     shutil.copy(whole_out / "metrics.jsonl", out)  # lines past the checkpoint too
 
 
-def files_of(folder):
-    """The files of a folder and what they hold, but for the lock."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "lock"}
-
-
-def test_resume_is_exact(whole, tmp_path):
-    """From step 8 to the end: weights, optimizer state and metrics bit for bit as if nothing had stopped it,
-    though lines past the checkpoint, half a line and half a checkpoint lie there; telling stories on the way
-    (which draws numbers at random) changes nothing either."""
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """The folder of `whole` as a kill after step 8 would have left it, and how to continue in it."""
     out = tmp_path / "out"
     stopped_at(whole.out, out, 8)
-    with open(out / "metrics.jsonl", "a") as f:
+
+    def arguments(**changes):
+        return tiny(**whole.settings | {"out_dir": out, "resume": True} | changes)
+
+    def change(**parts):
+        path = out / "ckpt_000008.pt"
+        torch.save(read_checkpoint(path) | parts, path)
+
+    return SimpleNamespace(out=out, arguments=arguments, change=change)
+
+
+def test_a_resumed_run_has_the_same_bits(whole, stopped):
+    """Though lines past the checkpoint, half a line and half a checkpoint lie there, and telling stories on
+    the way draws numbers at random."""
+    with open(stopped.out / "metrics.jsonl", "a") as f:
         f.write('{"step": 8, "tok')
-    (out / "ckpt_000012.pt.tmp").write_bytes((out / "ckpt_000008.pt").read_bytes()[:1000])
-    (out / "lock").write_text("process 1")
-    done = run_script(*arguments(whole.data, out, **whole.changes, resume=True, sample_interval=2))
+    (stopped.out / "ckpt_000012.pt.tmp").write_bytes(b"half")
+    done = run_here(train, *stopped.arguments(sample_interval=5))
+    assert torch.are_deterministic_algorithms_enabled()
     assert "resuming at step 8" in done.stdout
-    same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
-    assert lines_of(out) == lines_of(whole.out)
-    assert {p.name for p in out.iterdir()} == {"ckpt_000008.pt", "ckpt_000012.pt", "lock", "metrics.jsonl"}
-    told = done.stdout.split("step 12: validation loss")[1].split("\n", 1)[1].strip()
-    assert len(told) > 10 and "validation loss" not in told  # the story that was told at the end
+    same_state(stopped.out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
+    assert lines_of(stopped.out) == lines_of(whole.out)
+    assert files_of(stopped.out).keys() == files_of(whole.out).keys()
+    told = done.stdout.split("step 12: validation loss")[1]
+    _, story, _ = told.split("\n", 2)
+    assert len(story) > 10
 
 
-def test_finished_run_resumed_changes_nothing(adamw, tmp_path):
-    out = tmp_path / "out"
-    stopped_at(adamw.out, out, 12)
-    before = (out / "ckpt_000012.pt").read_bytes()
-    run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
-    assert (out / "ckpt_000012.pt").read_bytes() == before and lines_of(out) == lines_of(adamw.out)
+@pytest.mark.parametrize("max_iters", [12, 4])
+def test_a_finished_run_that_is_resumed_changes_nothing(max_iters, whole, stopped):
+    before = files_of(whole.out)
+    run_here(train, *stopped.arguments(out_dir=whole.out, max_iters=max_iters))
+    assert files_of(whole.out) == before
 
 
-@pytest.mark.parametrize("length", [0, 11, 0.5], ids=["empty", "short", "cut"])
-def test_resume_refuses_a_damaged_checkpoint(length, adamw, tmp_path):
-    """Cut off anywhere: one line names it, and nothing is touched. (What is inside is left to
-    tools.check.)
-    """
-    good = (adamw.out / "ckpt_000012.pt").read_bytes()
-    out = tmp_path / "out"
-    stopped_at(adamw.out, out, 8)
-    (out / "ckpt_000012.pt").write_bytes(good[: int(length * len(good) if length < 1 else length)])
-    before = files_of(out)
-    done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
-    assert_one_line_error(done, "ckpt_000012.pt", "older")
-    assert files_of(out) == before
-    (out / "ckpt_000012.pt").unlink()  # as the line advises
-    assert run_here(*arguments(adamw.data, out, **adamw.changes, resume=True)).returncode == 0
-    same_state(out / "ckpt_000012.pt", adamw.out / "ckpt_000012.pt")
-
-
-LONGER = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_sequences": 4}
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_data, tmp_path_factory):
-    """A longer run that nothing stopped, to compare those with that were."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    run_script(*arguments(tiny_data, out, **LONGER))
-    return out
-
-
-@pytest.mark.parametrize(("number", "folder"), [(signal.SIGINT, "out"), (signal.SIGTERM, "我的 模型")])
-def test_signal_saves_and_tells_how_to_resume(number, folder, alone, tiny_data, tmp_path):
-    """The step is finished and saved, the exit status is 0, and the same command with --resume=True ends
-    where a run left alone ends."""
-    out, changes = (
-        tmp_path / folder,
-        LONGER | {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1},
-    )
-    process = start("train.py", data_dir=tiny_data, out_dir=out, **changes)
+def test_ctrl_c_saves_and_tells_how_to_continue(tiny_data, tmp_path):
+    """The step is finished and saved, the exit status is 0, and resumed the run ends as if left alone."""
+    out = tmp_path / "我的 模型"
+    settings = {"data_dir": tiny_data, "max_iters": 60, "log_interval": 1}
+    settings |= {"save_interval": 1000, "eval_interval": 1000}
+    process = start_script("train.py", *tiny(out_dir=out, **settings))
     wait_for_step(process, out, 5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0 and not stderr.strip(), stderr
-    (path,) = find_checkpoints(out)
-    step = read_checkpoint(path)["step"]
-    assert 5 <= step < 60 and path.name == f"ckpt_{step:06d}.pt"
-    assert metrics_of(out)[-1]["step"] == step
-    last = stdout.strip().splitlines()[-1]
-    assert f"step {step}" in last and "--resume=True" in last
-    run_script(*arguments(tiny_data, out, **changes, resume=True))
-    same_state(out / "ckpt_000060.pt", alone / "ckpt_000060.pt")
-    assert [x["step"] for x in metrics_of(out) if "loss" in x] == list(range(1, 61))
+    assert process.returncode == 0
+    assert not stderr.strip(), stderr
+    step = metrics_of(out)[-1]["step"]
+    assert 5 <= step < 60
+    assert files_of(out).keys() == {f"ckpt_{step:06d}.pt", "metrics.jsonl"}
+    assert stdout.strip().endswith(
+        f"stopped and saved at step {step}; to continue, give the same command with --resume=True"
+    )
+    run_here(train, *tiny(out_dir=out, resume=True, **settings))
+    run_here(train, *tiny(out_dir=tmp_path / "alone", **settings))
+    same_state(out, tmp_path / "alone")
+    assert lines_of(out) == lines_of(tmp_path / "alone")
 
 
-def test_out_dir_that_holds_a_run(adamw):
-    done = run_here(*arguments(adamw.data, adamw.out, **adamw.changes))
-    assert_one_line_error(done, adamw.out, "--resume=True")
-    assert read_checkpoint(adamw.out)["step"] == 12
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_for_the_end_and_a_second_one_ends_at_once(number, monkeypatch):
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+    signal.signal(number, signal.SIG_DFL)
+    requested = run.catch_signals()
+    assert not requested.is_set()
+    signal.raise_signal(number)
+    assert requested.is_set()
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
-def test_resume_with_nothing_to_resume(tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", max_iters=1, resume=True))
-    assert done.returncode == 0 and "starting from the beginning" in done.stdout
-    assert read_checkpoint(tmp_path / "out")["step"] == 1
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_minutes_end_a_run_in_time(tiny_data, tmp_path):
-    """max_iters far away: the time decides, and the learning rate comes down with it."""
-    start = time.perf_counter()
-    options = {
-        "minutes": 0.05,
-        "max_iters": 10**7,
-        "save_interval": 10**7,
-        "eval_interval": 10**7,
-        "log_interval": 1,
-    }
-    done = run_here(*arguments(tiny_data, tmp_path / "out", **options))
-    assert done.returncode == 0, done.stderr
-    last, lines = read_checkpoint(tmp_path / "out"), [x for x in metrics_of(tmp_path / "out") if "loss" in x]
-    assert 3 <= last["seconds"] < time.perf_counter() - start < 30
-    assert last["step"] == lines[-1]["step"] and "val_loss" in metrics_of(tmp_path / "out")[-1]
-    learning_rates = [x["learning_rate"] for x in lines[TINY["warmup_iters"] :]]
-    assert learning_rates == sorted(learning_rates, reverse=True)
-    assert 0.003 >= learning_rates[0] > 2 * learning_rates[-1]
+def test_a_folder_that_holds_a_run_is_refused_without_resume(stopped):
+    before = files_of(stopped.out)
+    assert_refused(train, stopped.arguments(resume=False), stopped.out, "--resume=True")
+    assert files_of(stopped.out) == before
 
 
-def test_the_time_of_a_run_continues_when_it_is_resumed(adamw, tmp_path):
-    """Of 100 minutes all but half a second have passed; max_iters is a cap on the steps."""
-    out, options = tmp_path / "out", adamw.changes | {"minutes": 100, "resume": True, "save_interval": 10**7}
-    stopped_at(adamw.out, out, 8)
-    state = read_checkpoint(out / "ckpt_000008.pt")
-    assert 0 < state["seconds"] < read_checkpoint(out / "ckpt_000008.pt").get("seconds") + 1
-    torch.save(state | {"seconds": 5999.5}, out / "ckpt_000008.pt")
-    assert run_here(*arguments(adamw.data, out, **options, max_iters=9)).returncode == 0
-    capped = read_checkpoint(out)
-    assert capped["step"] == 9 and capped["seconds"] > 5999.5
-    assert run_here(*arguments(adamw.data, out, **options, max_iters=10**7)).returncode == 0
-    assert 9 < read_checkpoint(out)["step"] < 10**6 and 6000 <= read_checkpoint(out)["seconds"] < 6030
+NEVER = {"max_iters": 10**7, "save_interval": 10**7, "eval_interval": 10**7}
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-def test_more_steps_at_a_resume(schedule, adamw, tmp_path):
-    """The learning rate is that of the new settings from the next step on; fewer steps than done change
-    nothing.
-    """
-    out = tmp_path / "out"
-    stopped_at(adamw.out, out, 8)
-    changes = adamw.changes | {"max_iters": 40, "schedule": schedule, "log_interval": 1, "resume": True}
-    assert run_here(*arguments(adamw.data, out, **changes)).returncode == 0
-    s = train.Settings(**read_checkpoint(out)["settings"])
-    (line,) = [x for x in metrics_of(out) if x["step"] == 9 and "learning_rate" in x]
-    assert line["learning_rate"] == learning_rate_at(8 / 40, s) and read_checkpoint(out)["step"] == 40
-    before = files_of(out)
-    assert run_here(*arguments(adamw.data, out, **changes | {"max_iters": 4})).returncode == 0
-    assert files_of(out).keys() == before.keys()
+def test_minutes_end_a_run_in_time(arguments, tmp_path):
+    """max_iters is far away: the time decides, and the learning rate comes down with it."""
+    run_here(train, *arguments(minutes=0.02, log_interval=1, **NEVER))
+    saved = read_checkpoint(tmp_path)
+    lines = metrics_of(tmp_path)
+    assert 1.2 <= saved["seconds"] < 20
+    assert lines[-1]["step"] == saved["step"]
+    assert "val_loss" in lines[-1]
+    rates = [line["learning_rate"] for line in lines[2:]]  # after the warm-up
+    assert rates == sorted(rates, reverse=True)
+    assert 0.003 >= rates[0] > 2 * rates[-1]
 
 
-def test_an_older_checkpoint_resumes_and_samples(whole, tmp_path):
-    """One of the time before settings were renamed and seconds stored: it ends with the same bits."""
-    out = tmp_path / "out"
-    stopped_at(whole.out, out, 8)
-    state = read_checkpoint(out / "ckpt_000008.pt")
-    settings_ = state["settings"] | {"schedule": "linear", "cooldown": 0.5, "eval_blocks": 6}
-    for name in ("decay_fraction", "eval_sequences"):
-        del settings_[name]
-    del state["seconds"]
-    state |= {"settings": settings_, "sequences": 8 * 4, "random_state": torch.get_rng_state()}
-    torch.save(state, out / "ckpt_000008.pt")
-    stories = [
-        script_here(sample.main, "sample.py", "--ckpt", path / "ckpt_000008.pt") for path in (out, whole.out)
-    ]
-    assert stories[0].returncode == 0 and stories[0].stdout == stories[1].stdout
-    assert run_here(*arguments(whole.data, out, **whole.changes, resume=True)).returncode == 0
-    same_state(out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
+def test_the_time_of_a_resumed_run_continues(stopped):
+    """Of 100 minutes a tenth of a second is left, less than 2,000 steps take."""
+    stopped.change(seconds=5999.9)
+    run_here(train, *stopped.arguments(**NEVER | {"minutes": 100, "max_iters": 2000}))
+    saved = read_checkpoint(stopped.out)
+    assert 8 < saved["step"] < 2000
+    assert 6000 <= saved["seconds"] < 6020
+
+
+def test_more_steps_at_a_resume(stopped):
+    """The learning rate is that of the new settings from the next step on."""
+    run_here(train, *stopped.arguments(max_iters=16, log_interval=1, schedule="cosine"))
+    line = metrics_of(stopped.out)[-8]
+    assert line["step"] == 9
+    remaining = (16 - 8) / (16 - 2)
+    share = 0.5 - 0.5 * math.cos(math.pi * remaining)
+    assert line["learning_rate"] == pytest.approx(0.003 * share)
+    assert read_checkpoint(stopped.out)["step"] == 16
+
+
+def test_an_older_checkpoint_is_resumed_to_the_same_bits(whole, stopped):
+    """One of the time before some settings, and the seconds."""
+    path = stopped.out / "ckpt_000008.pt"
+    saved = read_checkpoint(path)
+    for name in ("decay_fraction", "beta1"):
+        del saved["settings"][name]
+    del saved["seconds"]
+    torch.save(saved, path)
+    run_here(train, *stopped.arguments())
+    same_state(stopped.out / "ckpt_000012.pt", whole.out / "ckpt_000012.pt")
+
+
+def test_which_settings_a_resume_may_not_change():
+    fixed = {field.name for field in dataclasses.fields(Settings) if field.metadata.get("fixed")}
+    step = {"block_size", "batch_size", "gradient_accumulation_steps", "document_mask", "seed"}
+    assert fixed == step | {"optimizer", "weight_decay", "momentum", "beta1", "beta2"}
+
+
+OTHER_RUNS = [
+    ({"batch_size": 2}, "batch_size"),
+    ({"seed": 1}, "seed"),
+    ({"qk_norm": False}, "model_config"),
+]
+
+
+@pytest.mark.parametrize(("changes", "word"), OTHER_RUNS)
+def test_a_resume_with_other_settings_is_refused(changes, word, stopped):
+    before = files_of(stopped.out)
+    assert_refused(train, stopped.arguments(**changes), stopped.out, word)
+    assert files_of(stopped.out) == before
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "data"])
+def test_a_resume_with_other_data_is_refused(part, stopped):
+    stopped.change(**{part: "another"})
+    assert_refused(train, stopped.arguments(), stopped.out, part)
+
+
+def test_a_resume_needs_optimizers(stopped):
+    saved = read_checkpoint(stopped.out)
+    del saved["optimizers"]
+    torch.save(saved, stopped.out / "ckpt_000008.pt")
+    assert_refused(train, stopped.arguments(), stopped.out, "no optimizers")
+
+
+def test_a_resume_from_half_a_checkpoint_is_refused(whole, stopped):
+    """As the line advises, the older one serves."""
+    good = (whole.out / "ckpt_000012.pt").read_bytes()
+    half = stopped.out / "ckpt_000012.pt"
+    half.write_bytes(good[: len(good) // 2])
+    before = files_of(stopped.out)
+    assert_refused(train, stopped.arguments(), half, "older")
+    assert files_of(stopped.out) == before
+    half.unlink()
+    run_here(train, *stopped.arguments())
+    same_state(half, whole.out / "ckpt_000012.pt")
+
+
+# ---- Steps -----------------------------------------------------------------------------------------
+
+
+def settings_for(data_dir, out_dir, **changes):
+    return Settings(
+        **TINY | {"data_dir": str(data_dir), "out_dir": str(out_dir), "dtype": "float32"} | changes
+    )
+
+
+def fresh_model(data_dir):
+    """The same random weights every time."""
+    torch.manual_seed(5)
+    return GPT(ModelConfig(vocab_size=meta_of(data_dir)["vocab_size"], block_size=32, **SHAPE))
+
+
+def train_here(s, loss_fn=None, data=None):
+    """The loop itself, on a fresh model. Returns the model."""
+    train_data, val_data, _, metadata = train.open_data(s)
+    Path(s.out_dir).mkdir(exist_ok=True)
+    model = fresh_model(s.data_dir)
+    train.train(s, model, data or train_data, val_data, metadata, loss_fn)
+    return model
+
+
+class Masked(TokenDataset):
+    """Sequences in which some targets do not count: more of them in some than in others."""
+
+    def sequences(self, indices):
+        batch = super().sequences(indices)
+        targets = batch["targets"].clone()
+        for row, index in enumerate(indices):
+            targets[row, : index % 20] = IGNORE
+        return batch | {"targets": targets}
+
+
+def mean_loss(model, data, first, count):
+    """The mean over all targets that count, one sequence at a time."""
+    total = 0.0
+    n_targets = 0
+    for n in range(first, first + count):
+        row = data.batch(n, 1)
+        logits = model(row["tokens"])[0]
+        targets = row["targets"][0]
+        total += F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        n_targets += (targets != IGNORE).sum()
+    return total / n_targets
+
+
+def plain_training(model, data, s):
+    """The same steps by PyTorch's optimizers, one sequence at a time. Yields loss and gradient norm."""
+    decayed = [model.embedding.weight]
+    inner = [p for p in model.blocks.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizers = []
+    if s.optimizer == "muon":
+        decay = {"weight_decay": s.weight_decay, "momentum": s.momentum}
+        optimizers.append(torch.optim.Muon(inner, **decay, adjust_lr_fn="match_rms_adamw"))
+    else:
+        decayed += inner
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers.append(torch.optim.AdamW(groups, betas=(s.beta1, s.beta2)))
+    sequences_per_step = s.batch_size * s.gradient_accumulation_steps
+    for step in range(s.max_iters):
+        loss = mean_loss(model, data, step * sequences_per_step, sequences_per_step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = s.learning_rate * (step + 1) / s.warmup_iters
+            optimizer.step()
+            optimizer.zero_grad()
+        yield loss.item(), norm.item()
+
+
+STEPS = [
+    ("adamw", 8, 1, 0.0, 5e-4),
+    ("adamw", 2, 4, 0.05, 5e-4),
+    ("muon", 2, 4, 1.0, 0.03),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "batch_size", "accumulated", "grad_clip", "close"), STEPS)
+def test_four_steps_are_those_of_a_plain_loop(
+    optimizer, batch_size, accumulated, grad_clip, close, tiny_data, tmp_path
+):
+    """Micro-batches, warm-up, clipping, both optimizers and weight decay: loss, gradient norm and weights.
+    (torch.optim.Muon computes in bfloat16: hence less close.)"""
+    rates = {"learning_rate": 1e-3, "warmup_iters": 4, "weight_decay": 3.0, "momentum": 0.8}
+    rates |= {"beta1": 0.8, "beta2": 0.9, "grad_clip": grad_clip}
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "max_iters": 4}
+    s = settings_for(tiny_data, tmp_path, optimizer=optimizer, **rates, **sizes)
+    data = Masked(tiny_data / "train.bin", meta_of(tiny_data), 32, s.seed)
+    ours = train_here(s, data=data)
+    before = fresh_model(tiny_data).double()
+    reference = fresh_model(tiny_data).double()
+    losses, norms = zip(*plain_training(reference, data, s), strict=True)
+    two, four = metrics_of(tmp_path)  # a line every two steps: the mean loss of both, the norm of the last
+    assert two["loss"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
+    assert four["loss"] == pytest.approx(sum(losses[2:]) / 2, rel=1e-6)
+    assert two["grad_norm"] == pytest.approx(norms[1], rel=1e-4)
+    assert four["grad_norm"] == pytest.approx(norms[3], rel=1e-4)
+    for name, start in before.named_parameters():
+        moved = ours.get_parameter(name) - start
+        expected = reference.get_parameter(name) - start
+        assert (moved - expected).norm() < close * expected.norm(), name
+
+
+def test_muon_multiplies_in_bfloat16_only_where_all_products_do(tiny_data):
+    for products in (torch.bfloat16, torch.float16, torch.float32):
+        _, muon = train.make_optimizers(fresh_model(tiny_data), Settings(), products)
+        assert (muon.dtype == torch.bfloat16) == (products == torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 10), (3, 10, 24)])
+def test_orthogonalized_matrices_keep_their_directions(shape):
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ train.orthogonalize(x) @ v.mT  # (3, 10, 10), diagonal if no direction was turned
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):  # the polynomial of each length by itself
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(inner, torch.diag_embed(s), rtol=0, atol=1e-9)
+
+
+def test_with_document_mask_a_story_does_not_see_the_one_before(tiny_data):
+    """The loss is that of every story, and every piece of one, read alone in float64."""
+    s = settings_for(tiny_data, "", document_mask=True)
+    data, val_data, meta, _ = train.open_data(s)
+    assert "documents" in val_data.batch(0, 1)
+    model = strong_model(fresh_model(tiny_data).config).double()
+    batch = data.batch(0, 40)
+    found = train.next_token_loss(model, batch)["loss"]
+    total = 0.0
+    pieces = 0
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        ends = (tokens == meta["end_token"]).nonzero().flatten().tolist()
+        for begin, end in itertools.pairwise(sorted({0, *ends, len(tokens)})):
+            logits = model(tokens[None, begin:end])[0]
+            total += F.cross_entropy(logits, targets[begin:end], reduction="sum")
+            pieces += 1
+    assert pieces > 40
+    alone = pytest.approx(total.item(), rel=1e-6)
+    assert found.item() == alone
+    del batch["documents"]
+    unmasked = train.next_token_loss(model, batch)["loss"]
+    assert unmasked.item() != alone
+
+
+# ---- Learning rates, and the end of a run ----------------------------------------------------------
+
+RATES = [
+    (
+        {"warmup_iters": 4, "max_iters": 12, "schedule": "wsd", "decay_fraction": 0.5},
+        [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4],
+    ),
+    (
+        {"warmup_iters": 2, "max_iters": 6, "schedule": "cosine", "min_lr": 0.2},
+        [0.5, 1, 1, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)],
+    ),
+    ({"warmup_iters": 0, "max_iters": 4, "decay_fraction": 1, "min_lr": 0.5}, [1, 0.875, 0.75, 0.625]),
+    ({"warmup_iters": 0, "max_iters": 3, "decay_fraction": 0}, [1, 1, 1]),
+    ({"warmup_iters": 10, "max_iters": 3}, [0.1, 0.2, 0.3]),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), RATES)
+def test_learning_rates_by_hand(changes, expected):
+    s = Settings(learning_rate=1.0, **changes)
+    rates = [train.learning_rate_at(step / s.max_iters, s) for step in range(s.max_iters)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("float32", "float16"), ("bfloat16", "float16"), ("float16", "float32")]
+    ("step", "seconds", "progress"),
+    [
+        (50, 30, 0.5),
+        (50, 90, 0.75),
+    ],
 )
-def test_resume_in_another_dtype(before, after, tiny_data, tmp_path):
-    """A checkpoint of one card goes on at another: only float16 has a scale, and it begins anew."""
-    train_here(tiny_data, tmp_path / "out", dtype=before, max_iters=4)
-    assert bool(read_checkpoint(tmp_path / "out")["scaler"]) == (before == "float16")
-    train_here(tiny_data, tmp_path / "out", dtype=after, max_iters=8, resume=True)
-    state = read_checkpoint(tmp_path / "out")
-    assert state["step"] == 8 and bool(state["scaler"]) == (after == "float16")
-    assert all(w.isfinite().all() for w in state["model"].values())
+def test_progress_is_that_of_the_steps_or_of_the_time_whichever_is_further(step, seconds, progress):
+    assert train.progress_of(step, seconds, Settings(max_iters=100, minutes=2.0)) == progress
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    {
-        "block_size": 16,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "optimizer": "muon",
-        "seed": 1,
-        "n_layer": 1,
-        "head_dim": 8,
-        "qk_norm": False,
-    }.items(),
+    ("epochs", "steps"),
+    [
+        (0, 7),
+        (0.5, 2),
+        (2, 7),
+    ],
 )
-def test_resume_with_other_settings(key, value, adamw, tmp_path):
-    """What would make it another run is refused by name, or by the word for it, and nothing is touched."""
-    out = tmp_path / "out"
-    stopped_at(adamw.out, out, 8)
-    before = files_of(out)
-    done = run_here(*arguments(adamw.data, out, **adamw.changes | {key: value}, resume=True))
-    assert_one_line_error(done, out, "model_config" if key in ("n_layer", "head_dim", "qk_norm") else key)
-    assert files_of(out) == before
+def test_epochs_become_steps(epochs, steps):
+    """Of 50 sequences, 16 in a step; a part of a step that is left over is one more."""
+    s = Settings(epochs=epochs, max_iters=7, batch_size=8, gradient_accumulation_steps=2)
+    assert train.number_of_steps(s, range(50)) == steps
 
 
-def test_resume_with_another_tokenizer(adamw, tmp_path):
-    folder, out = tmp_path / "data", tmp_path / "out"
-    shutil.copytree(adamw.data, folder)
-    model = (folder / "tokenizer.model").read_bytes() + b"\x3a\x00"  # another empty field: the same pieces
-    (folder / "tokenizer.model").write_bytes(model)
-    reseal(folder)
-    stopped_at(adamw.out, out, 8)
-    done = run_here(*arguments(folder, out, **adamw.changes, resume=True))
-    assert_one_line_error(done, out, "tokenizer")
+# ---- Data ------------------------------------------------------------------------------------------
+
+
+def numbered(folder, length=101, seed=1):
+    """Sequences of ten of the numbers 0, 1, 2, …"""
+    np.arange(length, dtype="<u2").tofile(folder / "train.bin")
+    return TokenDataset(folder / "train.bin", {"train": {"tokens": length}}, 10, seed)
+
+
+def test_every_sequence_comes_once_an_epoch_in_a_new_order(tmp_path):
+    batch = numbered(tmp_path).batch(0, 30)
+    firsts = batch["tokens"][:, 0]
+    assert batch["tokens"].equal(firsts[:, None] + torch.arange(10))
+    assert batch["targets"].equal(batch["tokens"] + 1)
+    epochs = [epoch.tolist() for epoch in firsts.split(10)]
+    of_another_seed = numbered(tmp_path, seed=2).batch(0, 10)
+    epochs.append(of_another_seed["tokens"][:, 0].tolist())
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 100, 10)) != epoch
+        assert epochs.count(epoch) == 1
+
+
+def test_the_order_does_not_depend_on_how_it_is_read(tmp_path):
+    data = numbered(tmp_path)
+    whole = data.batch(0, 30)["tokens"]
+    for first, count in ((7, 6), (25, 5), (0, 1), (12, 15)):
+        assert data.batch(first, count)["tokens"].equal(whole[first : first + count])
+
+
+@pytest.mark.parametrize(
+    ("length", "sequences"),
+    [
+        (10, 0),
+        (11, 1),
+        (21, 2),
+    ],
+)
+def test_a_sequence_needs_one_token_more_for_its_last_target(length, sequences, tmp_path):
+    assert len(numbered(tmp_path, length)) == sequences
+
+
+# ---- Evaluation and samples ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eval_sequences", [6, 1000])
+def test_evaluation_by_hand(eval_sequences, tiny_data, tmp_path):
+    """The same random sequences before the first step and after the last, whatever the seed; all of them
+    where fewer are there than asked for. Bits per character are of the decoded text."""
+    s = settings_for(tiny_data, tmp_path, max_iters=1, eval_sequences=eval_sequences, seed=9)
+    trained = train_here(s)
+    tokenizer = load_tokenizer((tiny_data / "tokenizer.model").read_bytes(), "")
+    tokens = np.fromfile(tiny_data / "val.bin", dtype="<u2").astype(np.int64)
+    order = np.random.default_rng((0, 0)).permutation((len(tokens) - 1) // 32)
+    rows = [tokens[i * 32 : i * 32 + 33] for i in order[:eval_sequences]]
+    characters = sum(len(tokenizer.decode(row[1:].tolist())) for row in rows)
+    windows = torch.from_numpy(np.stack(rows))
+    targets = windows[:, 1:].flatten()
+    untrained = fresh_model(tiny_data)
+    for line, model in ((first_line(tmp_path), untrained), (metrics_of(tmp_path)[-1], trained)):
+        with torch.no_grad():
+            logits = model(windows[:, :-1]).double().flatten(0, 1)
+        nats = F.cross_entropy(logits, targets, reduction="sum").item()
+        mean = nats / len(targets)
+        assert line["val_loss"] == pytest.approx(mean, rel=1e-6)
+        assert line["val_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+        assert line["val_bits_per_character"] == pytest.approx(nats / math.log(2) / characters, rel=1e-6)
+
+
+def test_a_sample_story_is_that_of_a_slow_loop(pretrained, capsys):
+    """The same random numbers give the same story."""
+    saved = read_checkpoint(pretrained)
+    model = build_model(saved, pretrained)
+    tokenizer = load_tokenizer(saved["tokenizer"], pretrained)
+    prompt = [tokenizer.eos_id(), *tokenizer.encode("一只小")]
+    train.print_sample(model, tokenizer, prompt, 7)
+    generator = torch.Generator().manual_seed(7)
+    story = list(prompt)
+    while len(story) < model.config.block_size:
+        with torch.no_grad():
+            logits = model(torch.tensor([story]))[0, -1]
+        values, likely = (logits / 0.8).topk(50)
+        index = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)
+        new = likely[index].item()
+        if new == tokenizer.eos_id():
+            break
+        story.append(new)
+    told = tokenizer.decode(story[len(prompt) :]).rstrip("\ufffd")
+    assert len(told) > 20
+    assert capsys.readouterr().out == f"[一只小]\n{told}\n\n"
 
 
 # ---- Losses that are not finite --------------------------------------------------------------------
 
 
-def test_nan_weights_stop_the_run(adamw, tmp_path):
-    """A checkpoint whose weights are not numbers: noticed at the next log, and no bad one is saved."""
-    out = tmp_path / "out"
-    stopped_at(adamw.out, out, 8)
-    state = read_checkpoint(out / "ckpt_000008.pt")
-    state["model"]["embedding.weight"][:] = math.nan
-    torch.save(state, out / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
-    assert_one_line_error(done, "step 10:", "nan", "learning_rate")
-    assert [p.name for p in find_checkpoints(out)] == ["ckpt_000008.pt"]
+def spoilt_loss(at, spoil):
+    """The loss of training, spoilt in the steps for which at(step) is true."""
+    steps = []
 
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-@pytest.mark.parametrize(("at", "noticed"), [(5, 6), (7, 8), (8, 8)])
-def test_a_run_that_diverges_keeps_the_last_good_checkpoint(bad, at, noticed, tiny_data, tmp_path):
-    """Noticed at the next log, and before the checkpoint that is due at step 8."""
-    calls = 0
-
-    def loss(model, batch):
-        nonlocal calls
-        calls += torch.is_grad_enabled()
+    def loss_fn(model, batch):
         value = train.next_token_loss(model, batch)["loss"]
-        if calls == at:
-            value = value * math.inf if bad == "loss" else value + (value - value).sqrt()
+        if torch.is_grad_enabled():  # training, not evaluation
+            steps.append(value)
+            if at(len(steps)):
+                value = spoil(value)
         return {"loss": value}
 
-    with pytest.raises(UserError) as e:
-        train_here(tiny_data, tmp_path / "out", loss_fn=loss, log_interval=3)
-    assert len(str(e.value).splitlines()) == 1
-    assert str(e.value).startswith(f"step {noticed}:") and "learning_rate" in str(e.value)
-    (path,) = find_checkpoints(tmp_path / "out")
-    state = read_checkpoint(path)
-    assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
-    assert all(x["step"] < at for x in metrics_of(tmp_path / "out"))
+    return loss_fn
 
 
-def test_learning_rate_far_too_high(tiny_data, tmp_path):
-    done = run_here(*arguments(tiny_data, tmp_path / "out", learning_rate=1e18, optimizer="adamw", warmup_iters=0,
-                               dtype="float32"))  # fmt: skip
-    assert_one_line_error(done, "step 2:", "learning_rate")
+def infinite(value):
+    return value * math.inf
+
+
+def no_gradient(value):
+    """The value is right, its gradient is not a number."""
+    return value + (value - value).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "at", "noticed"),
+    [
+        (infinite, 5, 6),
+        (no_gradient, 6, 6),
+        (infinite, 7, 8),
+        (no_gradient, 8, 8),
+    ],
+)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(spoil, at, noticed, tiny_data, tmp_path):
+    """Noticed at the next line of the log, and before the checkpoint that is due at step 8."""
+    s = settings_for(tiny_data, tmp_path, log_interval=3)
+    with pytest.raises(UserError, match=f"^step {noticed}: .*learning_rate"):
+        train_here(s, spoilt_loss(lambda step: step == at, spoil))
+    assert files_of(tmp_path).keys() == {"ckpt_000004.pt", "metrics.jsonl"}
+    assert metrics_of(tmp_path)[-1]["step"] < at
+
+
+def test_a_learning_rate_far_too_high_is_one_line(arguments):
+    wild = {"learning_rate": 1e18, "optimizer": "adamw", "warmup_iters": 0, "dtype": "float32"}
+    assert_refused(train, arguments(**wild), "step 2:", "learning_rate")
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    with pytest.raises(UserError, match=r"^step 3: .*--resume=True"):
+        run.check_weights([torch.nn.Parameter(torch.tensor([1.0, math.nan]))], 3)
+
+
+def much_too_large(value):
+    return value * 1e30
+
+
+def test_a_step_whose_float16_gradients_overflow_is_left_out(tiny_data, tmp_path):
+    s = settings_for(tiny_data, tmp_path, dtype="float16", max_iters=2, log_interval=1, save_interval=1)
+    train_here(s, spoilt_loss(lambda step: step == 2, much_too_large))
+    assert metrics_of(tmp_path)[-1]["grad_norm"] is None
+    after, before = [read_checkpoint(path) for path in find_checkpoints(tmp_path)]
+    same(after["model"], before["model"])
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+
+
+def test_float16_gradients_that_always_overflow_end_the_run(tiny_data, tmp_path):
+    s = settings_for(tiny_data, tmp_path, dtype="float16", max_iters=30, log_interval=1)
+    with pytest.raises(UserError, match=r"^step 17: .*learning_rate"):  # the scale, 2^16, is halved each time
+        train_here(s, spoilt_loss(lambda step: True, much_too_large))
 
 
 # ---- Two processes ---------------------------------------------------------------------------------
 
-
-RECORD = """
-original = train.train
-def loss(model, batch):
-    with open(f"{folder}/seen{{train.run.rank()}}", "a") as f:
-        for row in batch["tokens"].tolist() if torch.is_grad_enabled() else ():
-            f.write(json.dumps(row) + "\\n")
-    return train.next_token_loss(model, batch)
-train.train = lambda *args: original(*args, loss_fn=loss)
-"""
-TORCHRUN = [
-    "-m",
-    "torch.distributed.run",
-    "--nproc_per_node=2",
-    "--master_addr=127.0.0.1",
-    "--master_port={port}",
-]
+SHARED_STEPS = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw"}
 
 
-def torchrun():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return [a.format(port=s.getsockname()[1]) for a in TORCHRUN]
-
-
-def as_two(*args):
-    """`python ARGS` as two processes that know of each other; what torchrun does, without its time to
-    start.
-    """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    with ThreadPoolExecutor(2) as pool:
-        ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-        first, second = pool.map(lambda rank: run_script(*args, **env | rank), ranks)
-    return first.stdout + second.stdout
-
-
-HEAD = f"import json, os, signal, sys, time, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-RUN = "\ntrain.report_errors(train.main)\n"
-
-
-def test_two_processes_train_as_one(tiny_data, tmp_path):
-    """The same sequences, shared out; the loss, the gradient norm, the evaluation and the weights to
-    rounding.
-    """
-    changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "eval_interval": 3}
-    as_two(
-        "-c",
-        HEAD + RECORD.format(folder=tmp_path) + RUN,
-        *arguments(tiny_data, tmp_path / "two", **changes)[1:],
-    )
-    one = []
-
-    def loss(model, batch):
-        one.extend(batch["tokens"].tolist() if torch.is_grad_enabled() else ())
-        return train.next_token_loss(model, batch)
-
-    s = Settings(**TINY | changes | {"data_dir": str(tiny_data), "out_dir": str(tmp_path / "one")})
-    with train.run.training(s):
-        train_data, val_data, _, metadata = train.open_data(s)
-        train.train(s, GPT(config_of(tiny_data)), train_data, val_data, metadata, loss)
-    seen = [[json.loads(x) for x in (tmp_path / f"seen{rank}").read_text().splitlines()] for rank in (0, 1)]
-    assert len(one) == 12 * 8 and [len(rows) for rows in seen] == [48, 48]
-    expected = [
-        rows[i : i + 4] for i in range(0, 48, 4) for rows in seen
-    ]  # first one's micro-batch, then the other's
-    assert [row for batch in expected for row in batch] == one
-    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+def assert_same_curve(one, other):
+    """The same lines, to rounding."""
+    for a, b in zip(lines_of(one), lines_of(other), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    a, b = (read_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
-def test_two_processes_stop_together_and_resume(tiny_data, tmp_path):
-    """SIGTERM to torchrun: one checkpoint, of a step both have finished; resumed by one process, the run has
-    the loss curve of one that never stopped."""
-    changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 40}
-    changes |= {"save_interval": 1000, "eval_interval": 1000, "log_interval": 1}
-    out = tmp_path / "two"
-    process = start(*torchrun(), "train.py", data_dir=tiny_data, out_dir=out, **changes)
-    wait_for_step(process, out, 3)
-    process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=120)
-    (path,) = find_checkpoints(out)
-    step = read_checkpoint(path)["step"]
-    assert 3 <= step < 40 and f"step {step}" in stdout and "--resume=True" in stdout, stdout + stderr
-    assert run_here(*arguments(tiny_data, out, **changes, resume=True)).returncode == 0
-    assert run_here(*arguments(tiny_data, tmp_path / "one", **changes)).returncode == 0
-    lines = [[x for x in lines_of(tmp_path / name) if "loss" in x] for name in ("one", "two")]
-    assert [x["step"] for x in lines[1]] == list(range(1, 41))
-    for a, b in zip(*lines, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+def test_torchrun_trains_as_one_process(tiny_data, tmp_path):
+    """Loss, gradient norm and evaluation, to rounding; only the first process prints and logs."""
+    settings = SHARED_STEPS | {"data_dir": tiny_data}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_script(*torchrun, "train.py", *tiny(out_dir=tmp_path / "two", **settings))
+    assert done.stdout.count("finished and saved at step 12") == 1
+    assert done.stdout.count("seed = 1337") == 1
+    run_here(train, *tiny(out_dir=tmp_path / "one", **settings))
+    assert_same_curve(tmp_path / "one", tmp_path / "two")
 
 
-def test_steps_that_two_processes_cannot_share(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.run, "world_size", lambda: 2)
-    done = run_here(*arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=3))
-    assert_one_line_error(done, "gradient_accumulation_steps", "multiple", "2")
-
-
-def test_each_process_builds_its_own_micro_batches_only(monkeypatch):
-    """Of a step of 4 micro-batches of 2 sequences; the denominator is the sum over the processes."""
-    data, s = Rows(100, 8), Settings(batch_size=2, gradient_accumulation_steps=4)
-    built, batch = [], data.batch
-    monkeypatch.setattr(
-        data, "batch", lambda first, count: built.append((first, count)) or batch(first, count)
-    )
-    monkeypatch.setattr(train.run, "world_size", lambda: 2)
-    monkeypatch.setattr(train.run, "all_reduce", lambda tensor: None)
-    found = []
-    for rank in (0, 1):
-        monkeypatch.setattr(train.run, "rank", lambda rank=rank: rank)
-        found.append(train.get_batch(data, 3, s, torch.device("cpu")))
-        assert [len(x["tokens"]) for x in found[-1][0]] == [2, 2]
-    assert built == [(24, 2), (28, 2), (26, 2), (30, 2)]
-    assert sum(denominator for _, denominator in found) == (batch(24, 8)["targets"] != IGNORE).sum()
-
-
-DRIFT = """
-step = train.Muon.step
-def drifting(self):
-    step(self)
-    with torch.no_grad():
-        self.param_groups[0]["params"][0][0, 0] += train.run.rank() / 100
-train.Muon.step = drifting
-"""
-
-
-def test_weights_that_differ_between_processes_are_noticed(tiny_data, tmp_path):
-    """One weight of the second process drifts: no checkpoint is saved."""
-    options = arguments(tiny_data, tmp_path / "out", gradient_accumulation_steps=2, optimizer="muon")[1:]
-    (tmp_path / "drift.py").write_text(HEAD + DRIFT + RUN)
-    done = run_script(*torchrun(), tmp_path / "drift.py", *options, check=False)
-    errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # one or both say it
-    assert len(errors) == 1 and "step 4: weights" in str(errors) and "differ between processes" in str(errors)
-    assert (
-        "exitcode: 2" in done.stderr and "train.py" not in done.stderr
-    )  # of torchrun alone there is a traceback
-    assert done.returncode and not find_checkpoints(tmp_path / "out")
-
-
-STARTS_LATE = """
-open_data = train.open_data
-def slow(s):
-    time.sleep(3 * (1 - train.run.rank()))
-    return open_data(s)
-train.open_data = slow
-"""
 ONE_IS_STOPPED = """
-calls, original = [], train.train
+import signal, train
+original = train.next_token_loss
+calls = []
 def loss(model, batch):
     calls.append(batch)
     if train.run.rank() == 1 and len(calls) == 3:
-        signal.raise_signal(signal.SIGINT)
-    return train.next_token_loss(model, batch)
-train.train = lambda *args: original(*args, loss_fn=loss)
+        signal.raise_signal(signal.SIGTERM)
+    return original(model, batch)
+train.next_token_loss = loss
+train.report_errors(train.main)
 """
 
 
-@pytest.mark.parametrize("code", [STARTS_LATE, ONE_IS_STOPPED], ids=["time", "signal"])
-def test_two_processes_end_after_the_same_step(code, tiny_data, tmp_path):
-    """Though the clock of one runs three seconds ahead of the other's, or only one is signalled."""
-    options = {
-        "gradient_accumulation_steps": 2,
-        "max_iters": 10**6,
-        "save_interval": 10**7,
-        "eval_interval": 10**7,
-    }
-    options |= {"minutes": 0.1} if code == STARTS_LATE else {}
-    printed = as_two("-c", HEAD + code + RUN, *arguments(tiny_data, tmp_path / "out", **options)[1:])
-    state = read_checkpoint(tmp_path / "out")
-    if code == STARTS_LATE:
-        assert state["seconds"] >= 6
-    else:
-        assert state["step"] == 3 and "stopped and saved at step 3" in printed
+def test_two_processes_stop_together_and_one_continues(tiny_data, tmp_path):
+    """Though only the second is signalled: one checkpoint, of a step that both have finished."""
+    settings = SHARED_STEPS | {"data_dir": tiny_data, "log_interval": 1}
+    out = tmp_path / "two"
+    printed = as_two_processes("-c", ONE_IS_STOPPED, *tiny(out_dir=out, **settings))
+    assert printed.count("stopped and saved at step 3") == 1
+    assert files_of(out).keys() == {"ckpt_000003.pt", "metrics.jsonl"}
+    run_here(train, *tiny(out_dir=out, resume=True, **settings))
+    run_here(train, *tiny(out_dir=tmp_path / "one", **settings))
+    assert_same_curve(tmp_path / "one", out)
+
+
+def test_processes_take_turns_at_the_micro_batches(tmp_path, monkeypatch):
+    """Step 1 of the table in get_batch, of the second process; the denominator is that of all."""
+    monkeypatch.setattr(run, "world_size", lambda: 2)
+    monkeypatch.setattr(run, "rank", lambda: 1)
+    monkeypatch.setattr(run, "all_reduce", lambda tensor: tensor.add_(100))
+    data = numbered(tmp_path)
+    s = Settings(batch_size=2, gradient_accumulation_steps=4)
+    batches, denominator = train.get_batch(data, 1, s, CPU)
+    first, second = batches
+    same(first, data.batch(10, 2))
+    same(second, data.batch(14, 2))
+    assert denominator == 2 * 2 * 10 + 100
+
+
+def test_steps_that_two_processes_cannot_share_are_refused(arguments, monkeypatch):
+    monkeypatch.setattr(run, "world_size", lambda: 2)
+    uneven = arguments(gradient_accumulation_steps=3)
+    assert_refused(train, uneven, "gradient_accumulation_steps", "multiple of 2")
+
+
+def reduce_with(other):
+    """all_reduce with another process that has only the value `other`."""
+
+    def all_reduce(tensor, op):
+        if op == torch.distributed.ReduceOp.MAX:
+            tensor.clamp_(min=other)
+        elif op == torch.distributed.ReduceOp.MIN:
+            tensor.clamp_(max=other)
+
+    return all_reduce
+
+
+@pytest.mark.parametrize("other", [2.9, 3.1])
+def test_weights_that_differ_between_processes_are_not_saved(other, monkeypatch):
+    monkeypatch.setattr(run, "all_reduce", reduce_with(other))
+    with pytest.raises(UserError, match=r"step 4: weights .*differ between processes"):
+        run.check_weights([torch.nn.Parameter(torch.ones(3))], 4)
+
+
+def test_processes_agree_on_the_end(monkeypatch):
+    """Though one is slower, or alone is signalled: all end after the same step."""
+    assert run.agree_on_end(False, 2.0) == (False, 2.0)
+    monkeypatch.setattr(run, "all_reduce", reduce_with(9.0))
+    assert run.agree_on_end(False, 2.0) == (True, 9.0)
 
 
 # ---- Types and compilation -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_types_of_the_products(dtype, tiny_data, tmp_path):
-    """The matrix products are of the type asked for, the loss falls, and the weights stay float32."""
-    seen = set()
-    torch.manual_seed(5)
-    model = GPT(config_of(tiny_data))
-    model.blocks[0].mlp.up_proj.register_forward_hook(lambda module, args, y: seen.add(y.dtype))
-    train_here(
-        tiny_data, tmp_path / "out", model=model, dtype=dtype, max_iters=15, learning_rate=0.02, grad_clip=0.0
-    )
-    assert seen == {getattr(torch, dtype)}
-    losses = [x["loss"] for x in metrics_of(tmp_path / "out") if "loss" in x]
-    assert losses[-1] < losses[0] - 0.5
-    state = read_checkpoint(tmp_path / "out")
-    assert {w.dtype for w in state["model"].values()} == {torch.float32}
-    assert bool(state["scaler"]) == (dtype == "float16")
+def test_every_type_of_the_products_and_a_resume_in_another(tiny_data, tmp_path):
+    """The products are of the type asked for, gradients are unscaled, the weights stay float32. Only float16
+    has a scale, which begins anew after another type."""
+    products = set()
+
+    def loss_fn(model, batch):
+        hook = model.blocks[0].mlp.up_proj.register_forward_hook(
+            lambda module, args, y: products.add(y.dtype)
+        )
+        result = train.next_token_loss(model, batch)
+        hook.remove()
+        return result
+
+    norms = []
+    for steps, dtype in ((2, "float32"), (4, "float16"), (6, "bfloat16"), (8, "float16")):
+        products.clear()
+        s = settings_for(tiny_data, tmp_path, dtype=dtype, max_iters=steps, resume=True, grad_clip=0.1)
+        train_here(s, loss_fn)
+        assert products == {getattr(torch, dtype)}
+        saved = read_checkpoint(tmp_path)
+        assert bool(saved["scaler"]) == (dtype == "float16")
+        assert all(w.dtype == torch.float32 and w.isfinite().all() for w in saved["model"].values())
+        norms.append(metrics_of(tmp_path)[-1]["grad_norm"])
+    assert max(norms) < 2 * min(norms)
 
 
-def test_auto_takes_the_faster_type_and_a_resume_keeps_it(tiny_data, tmp_path):
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        pytest.skip("there is something better here")
-    out, options = tmp_path / "out", {"device": "auto", "dtype": "auto"}
-    done = run_here(*arguments(tiny_data, out, **options, max_iters=1))
-    speeds = re.search(r"(\d+) GFLOP/s in float32, (\d+) in bfloat16", done.stdout)
-    faster, other = ("float32", "bfloat16") if int(speeds[1]) > int(speeds[2]) else ("bfloat16", "float32")
-    state = read_checkpoint(out)
-    if abs(int(speeds[1]) - int(speeds[2])) > 0.3 * int(speeds[1]):  # else float32, which is more exact
-        assert f"cpu, {faster}," in done.stdout and state["settings"]["dtype"] == faster
-    state["settings"]["dtype"] = other  # the run of a machine where that was faster
-    torch.save(state, out / "ckpt_000001.pt")
-    done = run_here(*arguments(tiny_data, out, **options, max_iters=2, resume=True))
-    assert f"cpu, {other}," in done.stdout and read_checkpoint(out)["settings"]["dtype"] == other
+@pytest.mark.parametrize(("faster", "chosen"), [(1.14, "float32"), (1.16, "bfloat16")])
+def test_auto_takes_bfloat16_where_it_is_clearly_faster(faster, chosen, monkeypatch, capsys):
+    speeds = {torch.float32: 100e9, torch.bfloat16: faster * 100e9}
+    monkeypatch.setattr(checkpoint, "matmul_flops", lambda device, dtype, n: speeds[dtype])
+    assert run.agree_on_dtype("auto", CPU, {}) == chosen
+    assert f"100 GFLOP/s in float32, {faster * 100:.0f} in bfloat16" in capsys.readouterr().out
 
 
-def test_a_terminal_without_chinese(tiny_data, tmp_path):
+def test_a_resume_keeps_the_type_that_auto_chose():
+    for dtype in ("float32", "bfloat16"):
+        saved = {"settings": {"dtype": dtype}}
+        assert run.agree_on_dtype("auto", CPU, saved) == dtype
+        assert run.agree_on_dtype("float16", CPU, saved) == "float16"
+
+
+def test_all_processes_take_the_type_of_the_first(monkeypatch):
+    monkeypatch.setattr(run, "world_size", lambda: 2)
+    broadcast = "torch.distributed.broadcast_object_list"
+    monkeypatch.setattr(broadcast, lambda chosen: chosen.__setitem__(0, "bfloat16"))
+    assert run.agree_on_dtype("float32", CPU, {}) == "bfloat16"
+
+
+def test_speed_is_that_of_the_product():
+    assert 1e7 < checkpoint.matmul_flops(CPU, torch.float32, 64) < 1e14
+
+
+def test_a_terminal_without_chinese(arguments, tmp_path):
     """Shows the numbers of the characters, from which they could be had back, and trains on."""
-    options = tiny(data_dir=tiny_data, out_dir=tmp_path, max_iters=4, sample_interval=2)
-    done = run_script("train.py", *options, PYTHONIOENCODING="ascii")
-    assert re.search(r"\\u[4-9][0-9a-f]{3}", done.stdout) and (tmp_path / "ckpt_000004.pt").exists()
+    settings = {"max_iters": 2, "sample_interval": 2, "device": "auto", "dtype": "auto"}
+    done = run_script("train.py", *arguments(**settings), PYTHONIOENCODING="ascii")
+    assert re.search(r"\\u[4-9][0-9a-f]{3}", done.stdout)
+    assert (tmp_path / "ckpt_000002.pt").exists()
 
 
-@pytest.mark.parametrize("there", [[], ["clang++"]])
-def test_without_a_cpp_compiler(there, tiny_data, tmp_path, monkeypatch):
-    """One line says so, and it trains on, uncompiled; a compiler that PyTorch would not call is none."""
-    (tmp_path / "bin").mkdir()
-    for name in there:
-        (tmp_path / "bin" / name).symlink_to(shutil.which("c++") or pytest.skip("no compiler here at all"))
-    monkeypatch.delenv("CXX", raising=False)
-    changes = {"max_iters": 2, "compile": True, "eval_interval": 1000}
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = run_script(*arguments(tiny_data, tmp_path / "out", **changes), check=False,
-                      PATH=str(tmp_path / "bin"), **cache)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-500:]
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("torch.compile does not work here")
-    assert "C++ compiler" in line and "apt install g++" in line
-    assert read_checkpoint(tmp_path / "out")["step"] == 2
+def test_where_compiling_fails_it_says_so_and_goes_on(monkeypatch, capsys):
+    def fails(*args, **options):
+        raise RuntimeError("g++ says\na.cpp:1: error: no such thing\nand more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert try_compile(len, CPU) is len
+    (line,) = capsys.readouterr().err.splitlines()
+    for words in ("torch.compile does not work here", "error: no such thing", "continuing without it", "g++"):
+        assert words in line
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: lambda x: (function, mode))
+    assert try_compile(len, CPU, "default")("x") == (len, "default")
 
 
+def test_the_loss_is_compiled_where_the_settings_say_so(arguments, monkeypatch):
+    compiled = []
+
+    def note(loss_fn, device):
+        compiled.append(loss_fn)
+        return loss_fn
+
+    monkeypatch.setattr(train, "try_compile", note)
+    run_here(train, *arguments(max_iters=1, compile=True))
+    assert compiled == [train.next_token_loss]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["none", "clang++"])
+def test_without_a_cpp_compiler_it_trains_on(name, arguments, tmp_path):
+    """A compiler that PyTorch would not call is none."""
+    (tmp_path / name).symlink_to("/usr/bin/true")
+    env = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": ""}
+    done = run_script("train.py", *arguments(max_iters=2, compile=True), **env)
+    assert done.stderr.startswith("torch.compile does not work here")
+    assert "apt install g++" in done.stderr
+    assert read_checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_compiled_runs_continue_with_the_same_bits(tiny_data, tmp_path):
-    """With deterministic=True, on two threads."""
-    changes = {"compile": True, "deterministic": True, "n_layer": 1}
+def test_a_compiled_run_is_resumed_to_the_same_bits(tiny_data, tmp_path):
+    """On two threads."""
     whole = tmp_path / "whole"
-    run_script(*arguments(tiny_data, whole, **changes), OMP_NUM_THREADS="2")
-    stopped_at(whole, tmp_path / "out", 8)
-    run_script(*arguments(tiny_data, tmp_path / "out", **changes, resume=True), OMP_NUM_THREADS="2")
-    same_state(tmp_path / "out" / "ckpt_000012.pt", whole / "ckpt_000012.pt")
-    assert lines_of(tmp_path / "out") == lines_of(whole)
+    out = tmp_path / "out"
+    settings = {"data_dir": tiny_data, "compile": True, "n_layer": 1}
+    run_script("train.py", *tiny(out_dir=whole, **settings), OMP_NUM_THREADS="2")
+    stopped_at(whole, out, 8)
+    run_script("train.py", *tiny(out_dir=out, resume=True, **settings), OMP_NUM_THREADS="2")
+    same_state(out, whole)
+    assert lines_of(out) == lines_of(whole)
+
+
+def test_freed_memory_is_kept():
+    """A large tensor made again and again gets its pages from the system once, not each time."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc's allocator is told to keep memory")
+    code = """
+import resource, sys, torch
+from common import run
+if sys.argv[1] == "keep":
+    run.configure_pytorch(True)
+for _ in range(6):
+    torch.zeros(1 << 24).add_(1)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    kept = int(run_script("-c", code, "keep").stdout)
+    returned = int(run_script("-c", code, "return").stdout)
+    assert returned - kept > 3 * (1 << 26) / 4096  # of 5 times, in pages of 4 KiB
+
+
+# ---- Files -----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as f:
+        f.write(b"half")
+        raise ZeroDivisionError
+    assert files_of(tmp_path) == {"a": b"old"}
+    with atomic_write(path) as f:
+        f.write(b"new")
+        assert path.read_text() == "old"
+    assert files_of(tmp_path) == {"a": b"new"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
+def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(arguments, tmp_path, monkeypatch):
+    """The log first, then the whole checkpoint, then its name, then the folder that holds the name."""
+    path = tmp_path / "ckpt_000001.pt"
+    flushed = []
+
+    def note(handle):
+        file = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        flushed.append((file.name, file.stat().st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    run_here(train, *arguments(max_iters=1))
+    log = tmp_path / "metrics.jsonl"
+    assert flushed[-3:] == [
+        (log.name, log.stat().st_size, False),
+        (path.name + ".tmp", path.stat().st_size, False),
+        (tmp_path.name, tmp_path.stat().st_size, True),
+    ]
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_a_first_save_that_fails_names_the_file(arguments, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        done = run_here(train, *arguments(), check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line_error(done, tmp_path / "ckpt_000004.pt", "File too large")
+    assert files_of(tmp_path).keys() == {"metrics.jsonl"}
+
+
+def test_a_full_disk_names_the_log(tmp_path, monkeypatch):
+    log = run.start_log(Settings(out_dir=str(tmp_path)), 0)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left"):
+        log({"step": 1})
+
+
+def test_a_folder_in_use_is_refused(arguments, tmp_path):
+    with locked(tmp_path / "lock", tmp_path):
+        assert_refused(train, arguments(), tmp_path, "in use")
+    run_here(train, *arguments(max_iters=1))
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.fcntl.flock", no_locks)
+    with locked(tmp_path / "lock", tmp_path):
+        pass
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for name in ("ckpt_000002.pt", "ckpt_999999.pt", "ckpt_1000000.pt", "ckpt_best.pt", "ckpt_000005.pt.tmp"):
+        (tmp_path / name).touch()
+    names = [path.name for path in find_checkpoints(tmp_path)]
+    assert names == ["ckpt_1000000.pt", "ckpt_999999.pt", "ckpt_000002.pt"]
+
+
+class Evil:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("mark",)
+
+
+def as_saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+NOT_CHECKPOINTS = {
+    "empty": b"",
+    "cut": b"PK\x03\x04 and no more",
+    "pickled code": pickle.dumps(Evil(), 2),
+    "list": as_saved([1, 2]),
+    "no shape": as_saved({"model": {}}),
+    "code": as_saved(Evil()),
+    "code inside": as_saved({"model": Evil()}),
+}
+
+
+@pytest.mark.parametrize("content", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
+def test_what_is_not_a_checkpoint_is_refused_and_not_run(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt_000008.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"ckpt_000008\.pt: not a checkpoint"):
+        read_checkpoint(tmp_path)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(whole):
+    saved = read_checkpoint(whole.out)
+    del saved["model"]["norm.weight"]
+    with pytest.raises(UserError, match=r"a\.pt: weights and shape do not fit"):
+        build_model(saved, Path("a.pt"))
 
 
 # ---- Bad input -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def spoilt(tiny_data, tmp_path):
+def refused(tiny_data, tmp_path):
     """A copy of the data to spoil, and a run on it that must end with one line and leave nothing."""
-    folder, out = tmp_path / "data", tmp_path / "out"
+    folder = tmp_path / "data"
+    out = tmp_path / "out"
     shutil.copytree(tiny_data, folder)
 
     def refused(*words, **changes):
-        done = run_here(*arguments(folder, out, **changes))
-        assert_one_line_error(done, *words)
-        assert not out.exists() or [p.name for p in out.iterdir()] == ["lock"]
+        assert_refused(train, tiny(data_dir=folder, out_dir=out, **changes), *words)
+        assert not files_of(out)
 
-    refused.folder, refused.out = folder, out
+    refused.folder = folder
     return refused
 
 
-def test_missing_data(spoilt, tmp_path):
-    shutil.rmtree(spoilt.folder)
-    spoilt(spoilt.folder, "prepare.py")
-    spoilt.folder.write_text("a file")
-    spoilt(spoilt.folder)
+SPOILT = [
+    ("meta.json", b"{", "meta.json"),
+    ("meta.json", b"null", "meta.json"),
+    ("meta.json", b"\xff\xfe", "meta.json"),
+    ("meta.json", b'{"vocab_size": 2000}', "meta.json"),
+    ("tokenizer.model", b"no tokenizer", "SentencePiece"),
+    ("tokenizer.model", b"", "SentencePiece"),
+    ("train.bin", b"abc", "3 bytes"),
+    ("val.bin", b"", "0 bytes"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "word"), SPOILT)
+def test_spoilt_data_is_refused(name, content, word, refused):
+    (refused.folder / name).write_bytes(content)
+    refused(name, word)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model", "meta.json"])
-def test_missing_and_empty_files(name, spoilt):
-    (spoilt.folder / name).write_bytes(b"")
-    spoilt(name)
-    (spoilt.folder / name).unlink()
-    spoilt(name)
-    (spoilt.folder / name).mkdir()
-    spoilt(name)
+def test_data_that_lacks_a_file_is_refused(name, refused):
+    (refused.folder / name).unlink()
+    refused(name)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"{",
-        b"[]",
-        b"{}",
-        b"null",
-        b"3",
-        b'"x"',
-        b"\xff\xfe",
-        b'{"vocab_size": 2000}',
-        b"\0" * 100,
-        b'{"vocab_size": "x", "tokenizer_sha256": 3}',
-    ],
-    ids=range(10),
-)
-def test_damaged_meta(text, spoilt):
-    (spoilt.folder / "meta.json").write_bytes(text)
-    spoilt(spoilt.folder)
+def test_without_data_it_says_how_to_prepare(refused):
+    shutil.rmtree(refused.folder)
+    refused(refused.folder, "prepare.py")
 
 
-def test_truncated_meta(spoilt):
-    whole = (spoilt.folder / "meta.json").read_bytes()
-    for length in range(0, whole.rindex(b"tokenizer_sha256"), 40):
-        (spoilt.folder / "meta.json").write_bytes(whole[:length])
-        spoilt("meta.json", "prepare.py")
+@pytest.mark.parametrize(("name", "advice"), [("train.bin", "add stories"), ("val.bin", "--val_fraction")])
+def test_data_too_short_for_a_sequence_is_refused(name, advice, refused):
+    np.zeros(32, dtype="<u2").tofile(refused.folder / name)
+    reseal(refused.folder)
+    refused(name, "block_size", advice)
 
 
-def test_a_tokenizer_that_is_none(spoilt):
-    path = spoilt.folder / "tokenizer.model"
-    for garbage in (b"no tokenizer", b"\0" * 1000, path.read_bytes()[:1000]):
-        path.write_bytes(garbage)
-        spoilt("tokenizer.model", "SentencePiece")
+IMPOSSIBLE = [
+    ("head_dim", 7, "head_dim"),
+    ("n_kv_head", 3, "n_kv_head"),
+    ("device", "cuda:77", "--device=cpu"),
+    ("logger", "wandbb", "'wandb'"),
+]
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_bins_of_a_wrong_size(name, spoilt):
-    path = spoilt.folder / name
-    good = np.fromfile(path, dtype="<u2")
-    path.write_bytes(good.tobytes() + b"\0")
-    spoilt(name, "bytes")
-    good[:32].tofile(path)  # one token short of a block and its last target
-    spoilt(name, "64 bytes", "prepare.py")
-    reseal(spoilt.folder)
-    spoilt(name, "block_size", 32)
-    good[:33].tofile(path)
-    reseal(spoilt.folder)
-    assert run_here(*arguments(spoilt.folder, spoilt.out, max_iters=1)).returncode == 0
+@pytest.mark.parametrize(("key", "value", "word"), IMPOSSIBLE)
+def test_settings_that_cannot_be_are_refused(key, value, word, arguments, tmp_path):
+    assert_refused(train, arguments(**{key: value}), key, word)
+    assert not files_of(tmp_path)
 
 
-def test_block_size_longer_than_the_data(spoilt):
-    spoilt(".bin", "block_size", "1000000", block_size=1_000_000)
-
-
-def test_a_validation_split_too_short_for_a_sequence(tiny_data, tmp_path):
-    """The advice names what changes it: the share held out, not only block_size."""
-    folder = tmp_path / "data"
-    shutil.copytree(tiny_data, folder)
-    np.fromfile(folder / "val.bin", dtype="<u2")[:20].tofile(folder / "val.bin")
-    reseal(folder)
-    assert_one_line_error(
-        run_here(*arguments(folder, tmp_path / "out")), "val.bin", "block_size", "--val_fraction"
-    )
-
-
-def test_shapes_that_cannot_be(spoilt):
-    spoilt("head_dim", head_dim=7)
-    spoilt("n_kv_head", n_kv_head=3)
-    spoilt("rope_theta", rope_theta=0)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_cuda_asked_for_and_absent(spoilt):
-    spoilt("cuda", "cpu", device="cuda")
-    spoilt("cuda:1", device="cuda:1")
-
-
-def test_out_dir_that_cannot_be_written(tiny_data, tmp_path):
-    (tmp_path / "file").write_text("a file")
-    for out, word in (
-        (tmp_path / "file",) * 2,
-        (tmp_path / "file" / "out",) * 2,
-        ("/proc/none/out", "/proc/none"),
-    ):
-        assert_one_line_error(run_here(*arguments(tiny_data, out)), word)
-    assert (tmp_path / "file").read_text() == "a file"
-    if os.geteuid():
-        (tmp_path / "closed").mkdir(mode=0o500)
-        assert_one_line_error(run_here(*arguments(tiny_data, tmp_path / "closed" / "out")), "closed")
-
-
-class Evil:
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
-
-
-def test_malicious_checkpoints_are_not_run(adamw, tmp_path):
-    """As PyTorch saves them and as plain pickles, inside an otherwise good one too."""
-    mark = tmp_path / "mark"
-    good = read_checkpoint(adamw.out / "ckpt_000008.pt")
-    for i, evil in enumerate((Evil(mark), good | {"model": Evil(mark)}, good | {"extra": [Evil(mark)]})):
-        for save in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
-            out = tmp_path / f"out{i}"
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir()
-            save(evil, out / "ckpt_000008.pt")
-            done = run_here(*arguments(adamw.data, out, **adamw.changes, resume=True))
-            assert_one_line_error(done, "ckpt_000008.pt")
-            assert not mark.exists()
-
-
-FOREIGN = [{"a": 1}, [1, 2], None, 7, "text", torch.zeros(3), {"model": {}}, {1: 2}]
-
-
-@pytest.mark.parametrize("what", FOREIGN, ids=range(8))
-def test_foreign_checkpoints(what, adamw, tmp_path):
-    torch.save(what, tmp_path / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
-    assert_one_line_error(done, "ckpt_000008.pt")
-    assert files_of(tmp_path).keys() == {"ckpt_000008.pt"}
-
-
-@pytest.mark.parametrize("key", ["model", "model_config", "tokenizer", "step", "optimizers"])
-def test_checkpoints_with_a_part_missing(key, adamw, tmp_path):
-    state = read_checkpoint(adamw.out / "ckpt_000008.pt")
-    del state[key]
-    torch.save(state, tmp_path / "ckpt_000008.pt")
-    done = run_here(*arguments(adamw.data, tmp_path, **adamw.changes, resume=True))
-    assert_one_line_error(done, tmp_path)
-
-
-def test_checkpoints_that_lack_a_weight(adamw, tmp_path):
-    state = read_checkpoint(adamw.out / "ckpt_000008.pt")
-    del state["model"]["norm.weight"]
-    torch.save(state, tmp_path / "ckpt_000008.pt")
-    assert_one_line_error(script_here(sample.main, "sample.py", "--ckpt", tmp_path), tmp_path)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.binary(max_size=80)
-    | st.binary(max_size=40).map(lambda b: b"\x80\x02" + b)
-    | st.tuples(st.integers(0, 90), st.integers(0, 255)).map(
-        lambda t: (
-            (b := bytearray(pickle.dumps({"model": {"a": 1.5}, "step": [3, "x"]}, 2))).__setitem__(
-                t[0] % len(b), t[1]
-            )
-            or bytes(b)
-        )
-    )
-)
-@pytest.mark.filterwarnings("ignore")
-def test_no_bytes_at_all_make_a_traceback(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "fuzz.pt"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"fuzz\.pt: "):
-        read_checkpoint(path)
-
-
-def test_freed_memory_is_kept():
-    """A large tensor made again and again gets its pages from the system once, not each time."""
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        pytest.skip("only glibc's allocator is told to keep memory")
-    code = """
-import resource, sys, torch, train
-if sys.argv[1] == "keep":
-    train.run.keep_freed_memory()
-for _ in range(20):
-    torch.zeros(1 << 24).add_(1)  # 64 MiB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-"""
-    kept, returned = (int(run_script("-c", code, how).stdout) for how in ("keep", "return"))
-    assert returned - kept > 10 * (1 << 26) / 4096  # of 19 times, in pages of 4 KiB
-
-
-def test_the_sample_story_is_that_of_a_slow_loop(pretrained, capsys):
-    """The same random numbers give the same story."""
-    saved = read_checkpoint(pretrained)
-    model, tokenizer = build_model(saved, pretrained), load_tokenizer(saved["tokenizer"], pretrained)
-    ids, generator = [tokenizer.eos_id(), *tokenizer.encode("一只小")], torch.Generator().manual_seed(7)
-    train.print_sample(model, tokenizer, ids, 7)
-    story = list(ids)
-    while len(story) < model.config.block_size:
-        with torch.no_grad():
-            values, likely = (model(torch.tensor([story]))[0, -1] / 0.8).topk(50)
-        new = likely[torch.multinomial(values.softmax(dim=-1), 1, generator=generator)].item()
-        if new == tokenizer.eos_id():
-            break
-        story.append(new)
-    told = tokenizer.decode(story[len(ids) :]).rstrip("\ufffd")
-    assert len(told) > 20 and capsys.readouterr().out == f"[一只小]\n{told}\n\n"
+@pytest.mark.parametrize("inside", ["", "out"])
+def test_an_out_dir_that_cannot_be_is_refused(inside, tiny_data, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("a file")
+    assert_refused(train, tiny(data_dir=tiny_data, out_dir=file / inside), file)
+    assert file.read_text() == "a file"
