@@ -2,7 +2,7 @@
 
 import unicodedata
 
-# Format characters (Cf) that are seen: of Arabic, Syriac, Kaithi and Egyptian; and shorthand, which is kept too.
+# Format characters (Cf) that are seen: of Arabic, Syriac, Kaithi and Egyptian; and shorthand, kept too.
 SEEN = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
 SEEN |= set(range(0x13430, 0x13440)) | set(range(0x1BCA0, 0x1BCA4))
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0"
