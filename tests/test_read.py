@@ -30,7 +30,6 @@ from stories.read import (
     read_blocks,
     records_of,
     shortened,
-    suffixes_of,
 )
 from stories.records import story_of
 
@@ -134,7 +133,6 @@ PRETTY = json.dumps(OBJECTS, ensure_ascii=False, indent=2).encode()
 MARKED_LINES = "".join(f"{story}\n{END}\n" for story in STORIES).encode()
 FORMATS = {
     "objects.jsonl": jsonl(STORIES),
-    "strings.jsonl": "".join(json.dumps(story) + "\n" for story in STORIES).encode(),
     "blank_lines_no_end.jsonl": b"\n" + jsonl(STORIES).replace(b"\n", b"\n \n\n").rstrip(),
     "windows.jsonl": BOM + jsonl(STORIES, ensure_ascii=False).replace(b"\n", b"\r\n"),
     "objects.json": json.dumps(OBJECTS).encode(),
@@ -164,33 +162,20 @@ def test_the_stories_are_the_same_wherever_a_block_ends(tmp_path, monkeypatch, n
 
 
 def test_more_records_than_fit_into_a_block(tmp_path):
+    """And beside them a date that Python does not have."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     texts = [f"第{i}个故事。" for i in range(2500)]
+    dates = pyarrow.array([2**50] * 2500, pyarrow.timestamp("ms"))
     assert read_texts(write(tmp_path / "a.json", json.dumps(texts).encode())) == texts
-    assert read_texts(write(tmp_path / "a.parquet", as_parquet(("story_zh", texts)))) == texts
+    data = as_parquet(("date", dates), ("story_zh", texts))
+    assert read_texts(write(tmp_path / "a.parquet", data)) == texts
 
 
-@pytest.mark.parametrize(
-    "name, kind, packing",
-    [
-        ("A.JSONL", ".jsonl", ""),
-        ("a.Json.GZ", ".json", ".gz"),
-        ("a.csv.zst", ".csv", ".zst"),
-        ("all.tar", ".tar", ""),
-        ("all.TGZ", ".tar", ".gz"),
-        ("v1.5.txt", ".txt", ""),
-    ],
-)
-def test_suffixes_in_any_case(name, kind, packing):
-    assert suffixes_of(name) == (kind, packing)
-
-
-@pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
-    for module in (package, f"{package}.parquet"):
-        monkeypatch.setitem(sys.modules, module, None)
-    file = write(tmp_path / name, b"anything")
-    with pytest.raises(UserError, match=f"{name}: .*pip install {package}$"):
-        read_texts(file)
+@pytest.mark.parametrize("name, module", [("a.parquet", "pyarrow.parquet"), ("a.jsonl.zst", "zstandard")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"{name}: .*pip install {module.split('.')[0]}$"):
+        read_texts(write(tmp_path / name, b"anything"))
 
 
 # ---- Texts -----------------------------------------------------------------------------------------
@@ -253,21 +238,17 @@ def test_a_marker_that_comes_late(tmp_path, monkeypatch):
 # ---- Records and columns ---------------------------------------------------------------------------
 
 
-def test_null_and_nan_are_empty_stories(tmp_path):
-    """NaN is how pandas writes null."""
-    data = b'{"story_zh": null}\n{"story_zh": NaN}\n{"story_zh": " "}\n{"story_zh": "one"}'
-    assert read_texts(write(tmp_path / "a.jsonl", data)) == ["", "", "", "one"]
-
-
-@pytest.mark.parametrize("form", ["{}", "[{}]"])
 @pytest.mark.parametrize(
-    "row", ['{"story_zh": "一", "story_zh": "二"}', '{"story_zh": "一", "a": {"b": {"c": 1, "c": 1}}}']
+    "name, data",
+    [
+        ("a.jsonl", '{"story_zh": "一", "story_zh": "二"}'),
+        ("a.json", '[{"story_zh": "一", "a": {"b": {"c": 1, "c": 1}}}]'),
+    ],
 )
-def test_a_key_twice_in_a_record_leaves_it_out(tmp_path, form, row):
+def test_a_key_twice_in_a_record_leaves_it_out(tmp_path, name, data):
     """Neither value is taken, wherever in the record the object is."""
-    name = {"{}": "a.jsonl", "[{}]": "a.json"}[form]
     with pytest.raises(LeftOut, match="duplicate_key"):
-        read_texts(write(tmp_path / name, form.replace("{}", row).encode()))
+        read_texts(write(tmp_path / name, data.encode()))
 
 
 @pytest.mark.parametrize(
@@ -303,16 +284,9 @@ def test_empty_fields_of_a_spreadsheet(tmp_path, rows):
     assert stories_in(file) == ["一。", "二。"]
 
 
-def test_a_date_that_python_does_not_have_is_no_obstacle(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    dates = pyarrow.array([2**50] * len(STORIES), pyarrow.timestamp("ms"))
-    file = write(tmp_path / "a.parquet", as_parquet(("date", dates), ("story_zh", STORIES)))
-    assert read_texts(file) == STORIES
-
-
 # ---- Which files -----------------------------------------------------------------------------------
 
-FILES = "in/10.csv in/2.txt in/a/b.jsonl.gz in/notes.md in/.x.jsonl in/.cache/x.jsonl in/state.json"
+FILES = "in/10.csv in/2.txt in/a/b.JSONL.gz in/notes.md in/.x.jsonl in/.cache/x.jsonl in/state.json"
 PREPARED = "made/meta.json made/train.bin made/a.txt made/a.parquet.gz z.TGZ"
 
 
@@ -326,14 +300,14 @@ def tree(tmp_path):
 @pytest.mark.parametrize(
     "inputs, expected",
     [
-        ("in", "in/10.csv in/2.txt in/a/b.jsonl.gz"),
-        ("in/*", "in/10.csv in/2.txt in/a/b.jsonl.gz"),
+        ("in", "in/10.csv in/2.txt in/a/b.JSONL.gz"),
+        ("in/*", "in/10.csv in/2.txt in/a/b.JSONL.gz"),
         ("in/[12].*", "in/2.txt"),
-        ("**/*.gz", "in/a/b.jsonl.gz"),
-        (".", "in/10.csv in/2.txt in/a/b.jsonl.gz z.TGZ"),  # without what prepare.py made
+        ("**/*.gz", "in/a/b.JSONL.gz"),
+        (".", "in/10.csv in/2.txt in/a/b.JSONL.gz z.TGZ"),  # without what prepare.py made
         (
             "z.TGZ in/2.txt in in/a",
-            "z.TGZ in/2.txt in/10.csv in/a/b.jsonl.gz",
+            "z.TGZ in/2.txt in/10.csv in/a/b.JSONL.gz",
         ),  # each once, where it is first
         ("in/state.json in/.x.jsonl made/a.txt", "in/state.json in/.x.jsonl made/a.txt"),  # they are named
     ],
@@ -367,12 +341,17 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, words", [("no.jsonl", "no such"), ("*.jsonl", "no such"), ("bare", "a.png"), ("a.docx", ".jsonl")]
+    "name, message",
+    [
+        ("no.jsonl", r"/no\.jsonl: no such file"),
+        ("*.jsonl", r"/\*\.jsonl: no such file"),
+        ("bare", r"/bare: nothing here .* holds .*a\.png"),
+        ("bare/a.png", r"a\.png: nothing here .*\.jsonl, \.json, \.txt, \.csv"),
+    ],
 )
-def test_inputs_without_stories(tmp_path, name, words):
+def test_inputs_without_stories(tmp_path, name, message):
     write(tmp_path / "bare" / "a.png", b"")
-    write(tmp_path / "a.docx", b"PK")
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: .*{re.escape(words)}"):
+    with pytest.raises(UserError, match=message):
         find_inputs([tmp_path / name])
 
 
@@ -382,14 +361,13 @@ GOOD = jsonl(STORIES)
 LINE = b'{"story_zh": "one"}\n'
 GBK = "三只猫".encode("gbk")
 ZIPPED = gzip.compress(random.Random(0).randbytes(3000).hex().encode())
-DAMAGED = ZIPPED[:900] + bytes(255 - byte for byte in ZIPPED[900:1000]) + ZIPPED[1000:]
+DAMAGED = ZIPPED[:900] + b"?" * 100 + ZIPPED[1000:]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>404</body></html>"
 
 BAD_FILES = [  # its name, its bytes, words of the message
     # damaged or cut off
     ("cut.jsonl.gz", ZIPPED[:-60], "cut off"),
-    ("cut_header.txt.gz", ZIPPED[:6], "cut off"),
     ("damaged.jsonl.gz", DAMAGED, "damaged"),
     ("checksum.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), "damaged"),
     ("not_gzip.jsonl.gz", GOOD, "damaged"),
@@ -411,7 +389,6 @@ BAD_FILES = [  # its name, its bytes, words of the message
     # files that are not what they seem
     *((f"pointer.{kind}", POINTER, "git lfs pull") for kind in ("jsonl", "json", "txt", "csv", "parquet")),
     ("page.txt", PAGE, "web page"),
-    ("page.jsonl", PAGE.lower(), "web page"),
     ("list.txt", PRETTY, "JSON .json"),
     ("lines.txt", LINE * 2, "JSON .jsonl"),
     ("list.jsonl", PRETTY, "list .json"),
@@ -446,7 +423,7 @@ BAD_FILES = [  # its name, its bytes, words of the message
 ]
 
 
-def assert_refused(path, words):
+def assert_unreadable(path, words):
     with pytest.raises(UserError) as refused:
         stories_in(path)
     message = str(refused.value)
@@ -457,37 +434,36 @@ def assert_refused(path, words):
 
 @pytest.mark.parametrize("name, data, words", BAD_FILES, ids=[name for name, *_ in BAD_FILES])
 def test_a_bad_file_is_refused(tmp_path, name, data, words):
-    assert_refused(write(tmp_path / name, data), words)
+    assert_unreadable(write(tmp_path / name, data), words)
 
 
 def test_a_bad_parquet_file_is_refused(tmp_path):
-    """Cut off; with a footer that is whole and stories that are not; with two columns of one name."""
+    """With a footer that is whole and stories that are not; with two columns of one name."""
     data = as_parquet(("story_zh", STORIES * 9))
     third = len(data) // 3
-    assert_refused(write(tmp_path / "cut.parquet", data[: 2 * third]), "damaged")
-    assert_refused(
+    assert_unreadable(
         write(tmp_path / "pages.parquet", data[:40] + bytes(third) + data[40 + third :]), "damaged"
     )
     twice = as_parquet(("story_zh", STORIES), ("story_zh", STORIES))
-    assert_refused(write(tmp_path / "twice.parquet", twice), "two columns story_zh")
+    assert_unreadable(write(tmp_path / "twice.parquet", twice), "two columns story_zh")
 
 
 @pytest.mark.parametrize(
-    "name, begin, end",
+    "name, form",
     [
-        ("a.jsonl", '"', '"\n"two"'),
-        ("a.txt", "", "\ntwo"),
-        ("a.json", '["', '","two"]'),
-        ("a.csv", "story_zh\n", "\ntwo"),
+        ("a.jsonl", '"X"\n"two"'),
+        ("a.txt", "X\ntwo"),
+        ("a.json", '["X", "two"]'),
+        ("a.csv", "story_zh\nX\ntwo"),
     ],
 )
-def test_a_record_that_never_ends(tmp_path, monkeypatch, name, begin, end):
+def test_a_record_that_never_ends(tmp_path, monkeypatch, name, form):
     """One that is longer than what is read into memory at once is refused."""
     monkeypatch.setattr(stories.read, "LONGEST", 1000)
     monkeypatch.setattr(stories.read, "BLOCK", 100)
-    fits = write(tmp_path / name, f"{begin}{'a' * 990}{end}".encode())
-    assert read_texts(fits) == ["a" * 990, "two"]
-    assert_refused(write(tmp_path / name, f"{begin}{'a' * 1500}{end}".encode()), "")
+    long = "a" * 990
+    assert read_texts(write(tmp_path / name, form.replace("X", long).encode())) == [long, "two"]
+    assert_unreadable(write(tmp_path / name, form.replace("X", 2 * long).encode()), "")
 
 
 @pytest.mark.parametrize(
