@@ -197,20 +197,20 @@ def test_no_argument_means_the_embedded_corpus_and_data_demo(tmp_path, monkeypat
     assert expected.items() <= meta_of("data/demo")["settings"].items()
 
 
-def test_a_large_corpus_gives_the_same_tokenizer_in_any_order(tmp_path, monkeypatch):
-    """Beyond the bound a sample is drawn, the same for any order of stories and any number of workers."""
+def test_a_large_corpus_is_sampled_alike_in_any_order(tmp_path, monkeypatch):
+    """Its tokenizer is trained on as much as fits, the same for any order and any number of workers."""
     monkeypatch.setattr(stories.read, "BLOCK", 600)
     monkeypatch.setattr(prepare, "SAMPLE", 2000)
+    args = SimpleNamespace(task="pretrain", text_key="story_zh", val_fraction=0.2)
     texts = [f"第{i}天，小狗走了{i * 31 % 97}次。" for i in range(600)]
-    models = set()
-    for workers in (1, 2):
-        random.Random(workers).shuffle(texts)
+    samples = []
+    for number in (1, 2):
+        random.Random(number).shuffle(texts)
         file = write(tmp_path / "a.jsonl", jsonl(texts))
-        done = make(tmp_path / "out", file, workers=workers, vocab_size=320)
-        drawn = re.search(r"tokenizer on ([\d,]+) characters", done.stdout)[1]
-        assert 500 < int(drawn.replace(",", "")) <= 2000
-        models.add((tmp_path / "out" / "tokenizer.model").read_bytes())
-    assert len(models) == 1
+        with prepare.worker_pool(number) as workers:
+            samples.append(prepare.sample_stories(workers, [file], args))
+    assert samples[0] == samples[1]
+    assert 500 < len("".join(samples[0])) <= 2000
 
 
 def test_only_a_few_blocks_are_read_ahead():
@@ -403,9 +403,12 @@ def encoding(given, out):
     stdin = out.parent.parent / "stdin.jsonl"
     stdin.symlink_to("/dev/stdin")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    arguments = [sys.executable, "prepare.py", *map(str, command(out, stdin, tokenizer=given))]
+    workers = 2 * prepare.usable_cores() + 4  # more than blocks are read ahead: some have nothing to do
+    arguments = command(out, stdin, tokenizer=given, workers=workers)
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(arguments, cwd=ROOT, text=True, start_new_session=True, **streams)
+    process = subprocess.Popen(
+        [sys.executable, "prepare.py", *arguments], cwd=ROOT, text=True, start_new_session=True, **streams
+    )
     begun = Path(f"{out}.tmp", "train.bin.tmp")
     try:
         while not begun.exists() or not begun.stat().st_size:
