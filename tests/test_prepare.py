@@ -410,17 +410,14 @@ def encoding(given, out):
         [sys.executable, "prepare.py", *arguments], cwd=ROOT, text=True, start_new_session=True, **streams
     )
     begun = Path(f"{out}.tmp", "train.bin.tmp")
+    chunk = jsonl(f"第{i}个故事。" for i in range(20000)).decode()
     try:
         while not begun.exists() or not begun.stat().st_size:
-            feed(process)
+            process.stdin.write(chunk)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def feed(process):
-    process.stdin.write(jsonl(f"第{i}个故事。" for i in range(20000)).decode())
 
 
 def test_kill_9_leaves_the_older_folder_and_no_process(base, given, one_line, out):
@@ -438,11 +435,9 @@ def test_kill_9_leaves_the_older_folder_and_no_process(base, given, one_line, ou
 def test_ctrl_c_ends_in_one_line_and_leaves_nothing(given, tmp_path):
     """It reaches every process of the terminal."""
     with encoding(given, tmp_path / "work" / "out") as process:
+        process.stdin.flush()
         os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(BrokenPipeError):
-            while True:
-                feed(process)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate("\n" * 10_000_000, timeout=60)
     assert (process.returncode, stderr) == (2, "error: interrupted\n")
     assert names_in(tmp_path / "work") == []
 
