@@ -392,7 +392,6 @@ BAD_FILES = [  # its name, its bytes, words of the message
     ("list.txt", PRETTY, "JSON .json"),
     ("lines.txt", LINE * 2, "JSON .jsonl"),
     ("list.jsonl", PRETTY, "list .json"),
-    ("list_in_a_line.jsonl", FORMATS["objects.json"], "list .json"),
     ("lines.json", LINE * 2, "JSON list .jsonl"),
     ("wrapped.json", b'{"data": ["one"]}', "JSON list under a key"),
     # mistakes in JSON
@@ -467,18 +466,19 @@ def test_a_record_that_never_ends(tmp_path, monkeypatch, name, form):
 
 
 @pytest.mark.parametrize(
-    "name, good, bad",
+    "name, begin, good, bad",
     [
-        ("a.jsonl", b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": "\xe7\x8c}'),
-        ("a.jsonl", b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": "dog}'),
-        ("b.txt", b"a <|endoftext|>", b"\xe7\x8c <|endoftext|>"),
+        ("a.jsonl", b"", b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": "\xe7\x8c}'),
+        ("a.jsonl", b"", b'{"story_zh": "\xe7\x8c\xab"}', b'{"story_zh": "dog}'),
+        ("a.json", b"[", b'"\xe7\x8c\xab",', b"dog,"),
+        ("b.txt", b"", b"a <|endoftext|>", b"\xe7\x8c <|endoftext|>"),
     ],
 )
-def test_the_line_named_is_the_line_of_the_file(tmp_path, monkeypatch, name, good, bad):
+def test_the_line_named_is_the_line_of_the_file(tmp_path, monkeypatch, name, begin, good, bad):
     """Whichever block it falls into."""
     for line in (1, 2, 7, 30):
         rows = [good] * (line - 1) + [bad] + [good] * 9
-        path = write(tmp_path / name, b"\n".join(rows))
+        path = write(tmp_path / name, begin + b"\n".join(rows))
         for block in (20, 33, 64, 1000, 1 << 20):
             monkeypatch.setattr(stories.read, "BLOCK", block)
             with pytest.raises(UserError, match=re.escape(f"{path}:{line}:")):
