@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -21,7 +22,6 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,19 +209,32 @@ def test_a_large_corpus_is_sampled_alike_in_any_order(tmp_path, monkeypatch):
     for number in (1, 2):
         random.Random(number).shuffle(texts)
         file = write(tmp_path / "a.jsonl", jsonl(texts))
-        with prepare.worker_pool(number) as workers:
+        with prepare.worker_processes(number) as workers:
             samples.append(prepare.sample_stories(workers, [file], args))
     assert samples[0] == samples[1]
     assert 500 < len("".join(samples[0])) <= 2000
 
 
-def test_only_a_few_blocks_are_read_ahead():
+def test_only_a_block_for_each_worker_is_read_ahead():
     """So that memory does not grow with the input."""
     blocks = iter(range(10_000))
-    with ThreadPoolExecutor(1) as workers:
+    with prepare.worker_processes(2) as workers:
         results = prepare.in_order(workers, pow, blocks, 2)
         assert [next(results), next(results), next(results)] == [0, 1, 4]
-        assert next(blocks) <= 2 * prepare.usable_cores() + 3
+        assert next(blocks) == 5
+
+
+def test_a_worker_that_is_killed_while_it_sends_is_noticed():
+    with prepare.worker_processes(2) as workers:
+        prepare.send_call(workers[0], bytes, 1 << 24)  # more than a pipe holds
+        assert workers[0].poll(60)
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        with pytest.raises(UserError, match="ended abruptly"):
+            prepare.receive_result(workers[0])
+        with pytest.raises(UserError, match="ended abruptly"):
+            prepare.send_call(workers[1], pow, 1, 2)
 
 
 # ---- Cleaning --------------------------------------------------------------------------------------
@@ -405,8 +418,7 @@ def encoding(given, out):
     stdin = out.parent.parent / "stdin.jsonl"
     stdin.symlink_to("/dev/stdin")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    workers = 2 * prepare.usable_cores() + 4  # more than blocks are read ahead: some have nothing to do
-    arguments = command(out, stdin, tokenizer=given, workers=workers)
+    arguments = command(out, stdin, tokenizer=given, workers=2)
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(
         [sys.executable, "prepare.py", *arguments], cwd=ROOT, text=True, start_new_session=True, **streams
@@ -467,11 +479,6 @@ def has_no_room(*arguments, **more):
     [
         ("stories.read.BLOCK", 2000, "one_line.jsonl:301: malformed"),
         ("prepare.encode_block", dies, "a worker process ended abruptly"),
-        (
-            "prepare.ProcessPoolExecutor",
-            has_no_room,
-            "device); they need to write to /dev/shm",
-        ),
         ("os.fsync", has_no_room, "val.bin: No space left on device"),
     ],
 )
