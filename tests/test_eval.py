@@ -124,11 +124,11 @@ def test_the_best_story_of_each_instruction_counts(tuned, tmp_path, monkeypatch)
 
 
 def test_checkpoints_side_by_side(pretrained, tuned, tiny_sft, tmp_path):
-    """A column each, in the order given, as if alone; the file has the metrics of the last."""
-    args = ("--data", tiny_sft, "--num", 5)
-    one = metrics_of(tmp_path, "--ckpt", pretrained, *args)
-    two = metrics_of(tmp_path, "--ckpt", tuned, *args)
-    done = run_here(tool, "--ckpt", pretrained, "--ckpt", tuned, *args, "--json", tmp_path / "both.json")
+    """A column each, in the order given, by default on the data of the last, whose metrics the file has."""
+    one = metrics_of(tmp_path, "--ckpt", pretrained, "--data", tiny_sft, "--num", 5)
+    two = metrics_of(tmp_path, "--ckpt", tuned, "--num", 5)
+    args = ("--ckpt", pretrained, "--ckpt", tuned, "--num", 5)
+    done = run_here(tool, *args, "--json", tmp_path / "both.json")
     assert json.loads((tmp_path / "both.json").read_text()) == two != one
     table = [line.split() for line in done.stdout.splitlines()]
     assert [pretrained.name, tuned.name, "references"] in table

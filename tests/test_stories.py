@@ -85,7 +85,7 @@ def test_what_is_drawn_together_stays_together():
     beats = [
         ["- {A}有一{量}{物}。雨、雨、雨。"],
         ["- <伞> 打伞。", "- <!伞> 骑马。 #转折"],
-        ["- <A飞鸟> {A.他}{A.走}走。", "- <A孩子> {A.他}走。"],
+        ["- <A飞鸟> {A.他}{A.走}走。", "- <A男孩> {A.他}走。", "- <A女孩> {A.他}走。"],
     ]
     plot.beats = [list(map(generate.read_variant, lines)) for lines in beats]
     plot.summaries = [generate.read_variant("- {A}的{物}。")]
