@@ -35,7 +35,8 @@ def as_it_was():
     yield
     torch.set_num_threads(threads)
     torch.set_rng_state(random_state)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # else the call would load the compiler
+        torch.use_deterministic_algorithms(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
