@@ -62,7 +62,7 @@ def test_several_runs(pretrained, tmp_path):
     panels = ["loss (points: validation)", "learning rate", "gradient norm", "tokens a second"]
     panels.append("accuracy on pairs (points: validation)")
     assert [text for text in texts if text in panels] == panels
-    assert texts.count("tokens") == 5 and {str(pretrained.parent), str(dpo), "20k"} <= set(texts)
+    assert texts.count("tokens") == 5 and {str(pretrained.parent), str(dpo)} <= set(texts)
     assert lines[BLUE] == 4 + 3 and lines[ORANGE] == 2 + 2
     assert points[BLUE] == 2 and points[ORANGE] == 1 + 9
 
@@ -84,6 +84,12 @@ def test_a_single_value_is_a_point(run):
 
 
 # ---- The lines it is made of -----------------------------------------------------------------------
+
+
+def test_the_points_of_a_line():
+    """Of the lines that have the metric, over steps or tokens."""
+    lines = [{"step": 1, "tokens": 9, "loss": 2.5}, {"step": 2, "tokens": 18}]
+    assert plot.points_of(lines, "tokens", "loss") == ([9], [2.5])
 
 
 def test_an_average_has_as_many_neighbours_on_either_side():
