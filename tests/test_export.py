@@ -21,7 +21,6 @@ from helpers import ROOT, assert_refused, metrics_of, run_here, run_script, same
 import sample
 from common.checkpoint import build_model, find_checkpoints, read_checkpoint
 from prepare import train_tokenizer
-from stories.constraints import TEMPLATE, encode_prompt
 from stories.generate import stories
 from tools import export
 
@@ -133,7 +132,7 @@ def test_the_same_logits(kind, checkpoints, folders, load):
     assert_same_logits(build_model(read_checkpoint(path), path), theirs)
 
 
-def test_the_same_greedy_story(theirs, their_tokenizer, our_tokenizer, tuned):
+def test_the_same_greedy_story(theirs, their_tokenizer, tuned):
     """Asked through the chat template, which gives the tokens that sample.py makes."""
     greedy = ("--temperature=0", "--num=1", "--max_new_tokens=150", "--device=cpu")
     done = run_here(sample, "--ckpt", tuned, "--words=铲子,草地", *greedy)
@@ -141,9 +140,8 @@ def test_the_same_greedy_story(theirs, their_tokenizer, our_tokenizer, tuned):
     asked = their_tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    ids = asked["input_ids"][0]
-    assert ids.tolist() == encode_prompt(our_tokenizer, TEMPLATE, "词汇：铲子，草地", "")
-    told = theirs.generate(**asked, do_sample=False, max_new_tokens=150)[0, len(ids) :]
+    n_asked = asked["input_ids"].size(1)
+    told = theirs.generate(**asked, do_sample=False, max_new_tokens=150)[0, n_asked:]
     assert done.stdout == their_tokenizer.decode(told, skip_special_tokens=True) + "\n"
     assert len(done.stdout) > 20
 
@@ -165,6 +163,7 @@ def test_how_transformers_samples(theirs, their_tokenizer):
     assert config.max_new_tokens == theirs.config.max_position_embeddings == 256
     end = their_tokenizer.eos_token_id
     assert config.eos_token_id == config.bos_token_id == config.pad_token_id == end
+    assert their_tokenizer.padding_side == "left"  # or a story would begin after padding
 
 
 def test_the_files_and_the_card(folder, tuned):
@@ -213,11 +212,6 @@ def test_control_tokens_spelt_in_text(their_tokenizer, our_tokenizer):
     assert their_tokenizer(text, split_special_tokens=True)["input_ids"] == ids
     assert not any(our_tokenizer.is_control(token) for token in ids)
     assert our_tokenizer.eos_id() in their_tokenizer(text)["input_ids"]
-
-
-def test_prompts_are_padded_on_the_left(their_tokenizer):
-    short, _ = their_tokenizer(["从前", "从前有一只小兔子"], padding=True)["attention_mask"]
-    assert short[0] == 0 and short[-1] == 1
 
 
 def test_the_chat_template(their_tokenizer):
