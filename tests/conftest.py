@@ -3,7 +3,9 @@
 The functions they use are in helpers.py.
 """
 
+import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -25,14 +27,15 @@ def shared():
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """Training sets signal handlers, the kind of algorithms and the random state: put them back.
+    """A command sets signal handlers, PyTorch's options and environment variables: put them back.
 
     One thread is enough for models this small, and many on a busy machine wait for each other."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     random_state = torch.get_rng_state()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     torch.set_num_threads(threads)
     torch.set_rng_state(random_state)
     if torch.are_deterministic_algorithms_enabled():  # else the call would load the compiler
