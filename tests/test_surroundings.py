@@ -69,12 +69,15 @@ def test_the_compiler_is_found_behind_a_launcher(name, taken, monkeypatch):
         assert config.cpp.cxx == taken
 
 
+VERSION = '[ "$1" = --version ] && echo "g++ 4.8.5" && exit'
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
 @pytest.mark.parametrize(
     ("program", "text", "cache", "problem"),
     [
-        ("g++", "echo g++: error: -std=c++20 >&2; exit 1", "cache", "g++: error: -std=c++20"),
+        ("g++", f"{VERSION}; echo g++: error: -std=c++20 >&2; exit 1", "cache", "g++: error: -std=c++20"),
         ("ccache", 'exec "$@"', "cache", None),
         ("ccache", 'exec "$@"', "my cache", "error"),
     ],
