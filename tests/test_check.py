@@ -104,11 +104,12 @@ def test_a_token_beyond_the_vocabulary(data):
     assert_refused(check, [data], "val.bin", "token number 77 is 2000")
 
 
-def test_an_instruction_without_a_response(tiny_sft, tmp_path):
+@pytest.mark.parametrize("example", [2, -1])
+def test_a_response_without_its_end(example, tiny_sft, tmp_path):
     folder = shutil.copytree(tiny_sft, tmp_path / "sft")
     tokens = np.fromfile(folder / "train.bin", dtype="<u2")
     ends = np.flatnonzero(tokens == meta_of(folder)["end_token"])
-    tokens[ends[2]] = 500
+    tokens[ends[example]] = 500
     tokens.tofile(folder / "train.bin")
     reseal(folder)
     assert_refused(check, [folder], "train.bin", "do not alternate")

@@ -63,10 +63,11 @@ def check_tokens(path: Path, tokens: np.ndarray, meta: dict) -> None:
 
 
 def check_order(path: Path, tokens: np.ndarray, template: str, tokenizer) -> None:
-    """The token before a response and the end token must take turns."""
+    """The token before a response and the end token must take turns, and the last is an end token."""
     _, (response_token,) = template_tokens(template, tokenizer)
     marks = tokens[(tokens == response_token) | (tokens == tokenizer.eos_id())]
-    if (marks[0::2] != response_token).any() or (marks[1::2] == response_token).any():
+    out_of_turn = (marks[0::2] != response_token).any() or (marks[1::2] == response_token).any()
+    if out_of_turn or len(marks) % 2 == 1:
         raise UserError(f"{path}: instructions and responses do not alternate")
 
 
