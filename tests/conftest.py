@@ -4,12 +4,13 @@ The functions they use are in helpers.py.
 """
 
 import os
+import shutil
 import signal
 from unittest import mock
 
 import pytest
 import torch
-from helpers import SHARED, run_here, tiny, tuning
+from helpers import ROOT, SHARED, run_here, tiny, tuning
 
 import prepare
 import sft
@@ -23,6 +24,13 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here")
     return SHARED
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the program, for scripts that write into the folder they are in."""
+    ignore = shutil.ignore_patterns("__pycache__", ".*", "data", "out", "hf", "tests")
+    return shutil.copytree(ROOT, tmp_path / "project", ignore=ignore)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -64,6 +65,14 @@ def run_script(*args, check=True, timeout=300, text=True, **env):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=text, timeout=timeout, env=env)
     assert not check or done.returncode == 0, done.stderr + done.stdout
     return done
+
+
+def start_bash(project, *args):
+    """Start `bash ARGS` in a copy of the program. There `python` is its bin/python, or else this one."""
+    path = f"{project}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(["bash", *args], cwd=project, env=env, start_new_session=True, **pipes)
 
 
 def assert_one_line_error(done, *words):
@@ -169,6 +178,14 @@ def metrics_of(folder):
     """The lines of metrics.jsonl, without the evaluation before the first step."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["step"] > 0]
+
+
+def copy_files(folder, new, *names):
+    """Some files of a run in a new folder, as a kill would have left them."""
+    new.mkdir()
+    for name in names:
+        shutil.copy(folder / name, new)
+    return new
 
 
 def lines_of(folder):

@@ -13,7 +13,6 @@ What is promised, in the order of this file:
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +22,7 @@ import torch
 from helpers import (
     as_two_processes,
     assert_refused,
+    copy_files,
     lines_of,
     metrics_of,
     run_here,
@@ -382,11 +382,7 @@ def preferred(tuned, tiny_sft, tmp_path_factory):
 @pytest.fixture
 def stopped(preferred, tmp_path):
     """The same run as a kill before its last checkpoint would have left it."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("pairs.jsonl", "ckpt_000008.pt", "metrics.jsonl"):
-        shutil.copy(preferred / name, out)
-    return out
+    return copy_files(preferred, tmp_path / "out", "pairs.jsonl", "ckpt_000008.pt", "metrics.jsonl")
 
 
 def test_a_run_begins_as_its_reference_and_learns(preferred):

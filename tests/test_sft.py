@@ -24,6 +24,7 @@ from helpers import (
     as_two_processes,
     assert_one_line_error,
     assert_refused,
+    copy_files,
     lines_of,
     meta_of,
     metrics_of,
@@ -310,11 +311,7 @@ def adapted(pretrained, few, tmp_path_factory):
 @pytest.fixture
 def stopped(adapted, tmp_path):
     """The same run as a kill before its last checkpoint would have left it."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("ckpt_000008.pt", "metrics.jsonl", "lock"):
-        shutil.copy(adapted / name, out)
-    return out
+    return copy_files(adapted, tmp_path / "out", "ckpt_000008.pt", "metrics.jsonl", "lock")
 
 
 def losses_of(folder):

@@ -40,6 +40,7 @@ from helpers import (
     as_two_processes,
     assert_one_line_error,
     assert_refused,
+    copy_files,
     lines_of,
     meta_of,
     metrics_of,
@@ -198,18 +199,10 @@ def test_the_seed_decides_the_first_weights(whole, arguments, tmp_path):
 # ---- Stopped and resumed ---------------------------------------------------------------------------
 
 
-def stopped_at(whole_out, out, step):
-    """A folder as a kill right before the next checkpoint would have left it."""
-    out.mkdir()
-    shutil.copy(whole_out / f"ckpt_{step:06d}.pt", out)
-    shutil.copy(whole_out / "metrics.jsonl", out)  # lines past the checkpoint too
-
-
 @pytest.fixture
 def stopped(whole, tmp_path):
     """The folder of `whole` as a kill after step 8 would have left it, and how to continue in it."""
-    out = tmp_path / "out"
-    stopped_at(whole.out, out, 8)
+    out = copy_files(whole.out, tmp_path / "out", "ckpt_000008.pt", "metrics.jsonl")
 
     def arguments(**changes):
         return tiny(**whole.settings | {"out_dir": out, "resume": True} | changes)
@@ -950,7 +943,7 @@ def test_a_compiled_run_is_resumed_to_the_same_bits(tiny_data, tmp_path):
     out = tmp_path / "out"
     settings = {"data_dir": tiny_data, "compile": True, "n_layer": 1}
     run_script("train.py", *tiny(out_dir=whole, **settings), OMP_NUM_THREADS="2")
-    stopped_at(whole, out, 8)
+    copy_files(whole, out, "ckpt_000008.pt", "metrics.jsonl")
     run_script("train.py", *tiny(out_dir=out, resume=True, **settings), OMP_NUM_THREADS="2")
     same_state(out, whole)
     assert lines_of(out) == lines_of(whole)
