@@ -110,23 +110,6 @@ def test_ratios_are_to_the_best_baseline(capsys):
     assert ours["baseline"] == "slow"
 
 
-def test_what_the_parts_report(monkeypatch):
-    """If everything took two seconds and 3 GiB."""
-
-    def benchmark(implementations, rounds):
-        return {"this": 2.0}, {"this": 3 * 2**30}
-
-    monkeypatch.setattr(bench, "benchmark", benchmark)
-    monkeypatch.setattr(bench, "matmul_flops", lambda *args: 1e12)
-    training, products, *_ = bench.bench_train(1)
-    assert training["value"] == 8 * 512 / 2
-    assert products["value"] == 1
-    (memory,) = bench.bench_memory(1)
-    assert memory["value"] == 3
-    speeds = [row["value"] for row in bench.bench_decode(1)]
-    assert speeds == [64, 64, 64, 64, 1024, 1024, 4096, 4096]
-
-
 def test_rows_are_written(tmp_path, monkeypatch):
     parts = {"a": lambda rounds: [rounds], "b": lambda rounds: [10 + rounds]}
     monkeypatch.setattr(bench, "PARTS", parts)

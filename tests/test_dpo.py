@@ -414,6 +414,11 @@ def test_pairs_alone_are_made_if_asked_for(tuned, tiny_sft, preferred, tmp_path)
             assert scores == score(asked, pair[side])
 
 
+def test_sampling_in_bfloat16_leaves_the_weights_in_float32(tuned, tiny_sft, tmp_path):
+    prefer(tuned, tiny_sft, tmp_path, dtype="bfloat16", max_iters=1)
+    assert read_checkpoint(tmp_path)["model"]["norm.weight"].dtype == torch.float32
+
+
 def test_a_resumed_run_has_the_same_bits(preferred, stopped, tuned, tiny_sft):
     printed = prefer(tuned, tiny_sft, stopped, resume=True)
     assert "resuming at step 8" in printed

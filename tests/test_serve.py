@@ -317,6 +317,11 @@ def test_each_choice_of_each_prompt_has_the_next_seed(tokenizer, server):
     assert last.usage == answer.usage and not last.choices
 
 
+def test_choices_come_in_order_whichever_ends_first(server):
+    choices = complete(server, words="铲子", n=8, seed=1).choices
+    assert [choice.index for choice in choices] == list(range(8))
+
+
 def test_a_stream_ends_as_clients_expect(server):
     answer = request(server, body=b'{"words": "x", "max_tokens": 1, "stream": true}')
     assert answer.headers["Content-Type"].startswith("text/event-stream")

@@ -551,6 +551,12 @@ def test_learning_rates_by_hand(changes, expected):
     assert rates == pytest.approx(expected)
 
 
+def test_a_warm_up_that_ends_within_a_step_goes_no_higher():
+    """As with `minutes`, where a step is any share of the run."""
+    s = Settings(learning_rate=1.0, warmup_iters=20, max_iters=100)
+    assert train.learning_rate_at(0.195, s) == 1
+
+
 @pytest.mark.parametrize(
     ("step", "seconds", "progress"),
     [
