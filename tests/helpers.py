@@ -131,6 +131,7 @@ LOOP = {
     "save_interval": 4,
     "compile": False,
     "device": "cpu",
+    "dtype": "float32",  # "auto" would be measured anew in every run
 }
 TINY = SHAPE | LOOP
 TUNING = LOOP | {

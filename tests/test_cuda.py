@@ -115,9 +115,12 @@ def test_the_same_seed_draws_the_same_story():
 # ---- Training --------------------------------------------------------------------------------------
 
 
+ON_CUDA = {"device": "cuda", "dtype": "auto"}
+
+
 def train_on_cuda(data, out, **changes):
     """The arguments of a small run on the GPU."""
-    return ["train.py", *tiny(data_dir=data, out_dir=out, device="cuda", **changes)]
+    return ["train.py", *tiny(data_dir=data, out_dir=out, **ON_CUDA | changes)]
 
 
 @pytest.mark.parametrize("changes", [{"compile": False}, {"compile": True}, {"document_mask": True}])
@@ -182,7 +185,7 @@ def test_expected_memory_is_near_what_is_taken(tiny_data, tmp_path):
 @pytest.fixture(scope="module")
 def tuned_on_cuda(pretrained, tiny_sft, tmp_path_factory):
     out = tmp_path_factory.mktemp("cuda") / "sft"
-    settings = tuning(pretrained, tiny_sft, out, device="cuda", max_iters=20)
+    settings = tuning(pretrained, tiny_sft, out, **ON_CUDA, max_iters=20)
     run_script("sft.py", *settings)
     return out
 
@@ -193,7 +196,7 @@ def test_tuning(tuned_on_cuda):
 
 
 def test_tuning_compiled(pretrained, tiny_sft, tmp_path):
-    settings = tuning(pretrained, tiny_sft, tmp_path, device="cuda", compile=True, max_iters=2)
+    settings = tuning(pretrained, tiny_sft, tmp_path, **ON_CUDA, compile=True, max_iters=2)
     run_script("sft.py", *settings)
 
 
@@ -203,7 +206,7 @@ def test_preferring(tuned_on_cuda, tiny_sft, tmp_path):
         tuned_on_cuda,
         tiny_sft,
         tmp_path,
-        device="cuda",
+        **ON_CUDA,
         max_iters=4,
         instructions=16,
         samples=2,

@@ -355,7 +355,6 @@ PREFERRING = {
     "log_interval": 1,
     "batch_size": 4,
     "learning_rate": 0.001,
-    "dtype": "float32",
     "instructions": 24,
     "samples": 3,
 }

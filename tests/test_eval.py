@@ -27,7 +27,7 @@ from tools import eval as tool
 def metrics_of(tmp_path, *args):
     """What tools.eval writes for these arguments."""
     path = tmp_path / "metrics.json"
-    run_here(tool, *args, "--json", path)
+    run_here(tool, "--dtype=float32", *args, "--json", path)
     return json.loads(path.read_text())
 
 
@@ -127,7 +127,7 @@ def test_checkpoints_side_by_side(pretrained, tuned, tiny_sft, tmp_path):
     """A column each, in the order given, by default on the data of the last, whose metrics the file has."""
     one = metrics_of(tmp_path, "--ckpt", pretrained, "--data", tiny_sft, "--num", 5)
     two = metrics_of(tmp_path, "--ckpt", tuned, "--num", 5)
-    args = ("--ckpt", pretrained, "--ckpt", tuned, "--num", 5)
+    args = ("--dtype=float32", "--ckpt", pretrained, "--ckpt", tuned, "--num", 5)
     done = run_here(tool, *args, "--json", tmp_path / "both.json")
     assert json.loads((tmp_path / "both.json").read_text()) == two != one
     table = [line.split() for line in done.stdout.splitlines()]

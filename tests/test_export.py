@@ -134,7 +134,7 @@ def test_the_same_logits(kind, checkpoints, folders, load):
 
 def test_the_same_greedy_story(theirs, their_tokenizer, tuned):
     """Asked through the chat template, which gives the tokens that sample.py makes."""
-    greedy = ("--temperature=0", "--num=1", "--max_new_tokens=150", "--device=cpu")
+    greedy = ("--temperature=0", "--num=1", "--max_new_tokens=150", "--dtype=float32")
     done = run_here(sample, "--ckpt", tuned, "--words=铲子,草地", *greedy)
     chat = [{"role": "user", "content": "  词汇：铲子，草地\n"}]
     asked = their_tokenizer.apply_chat_template(

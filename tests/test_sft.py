@@ -188,7 +188,7 @@ def test_a_run_learns_and_leaves_what_sampling_needs(tuned, pretrained):
 
 def test_a_run_begins_with_the_pretrained_weights(pretrained, tiny_sft, tmp_path):
     """The figures of a step that changes nothing are those of the examples one by one, in float64."""
-    changes = {"max_iters": 1, "dtype": "float32", "learning_rate": 1e-12, "eval_sequences": 1000}
+    changes = {"max_iters": 1, "learning_rate": 1e-12, "eval_sequences": 1000}
     tune(pretrained, tiny_sft, tmp_path / "out", **changes)
     (logged,) = metrics_of(tmp_path / "out")
     model = build_model(read_checkpoint(pretrained), pretrained).double()
@@ -233,7 +233,7 @@ def test_after_sigterm_the_same_command_goes_on(tuned, pretrained, tiny_sft, tmp
 
 def test_two_processes_tune_as_one(pretrained, tiny_sft, tmp_path):
     """Losses, evaluations and weights to rounding; what is said is said once."""
-    changes = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw", "max_iters": 4}
+    changes = {"gradient_accumulation_steps": 2, "optimizer": "adamw", "max_iters": 4}
     changes |= {"eval_interval": 4, "batch_size": 3}
     two = tmp_path / "two"
     one = tmp_path / "one"
@@ -283,7 +283,6 @@ def test_validation_does_not_depend_on_the_seed(pretrained, tiny_sft, tmp_path, 
 # ---- LoRA ------------------------------------------------------------------------------------------
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "max_iters": 12, "save_interval": 4, "eval_interval": 6}
-LORA |= {"dtype": "float32"}
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def whole(tiny_data, tmp_path_factory):
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step": 0, "val_loss": 9.0}\n{"step": 2, "lo')
     (out / "ckpt_000003.pt.tmp").write_bytes(b"half")
-    settings = TINY | {"data_dir": str(tiny_data), "dtype": "float32", "log_interval": 5}
+    settings = TINY | {"data_dir": str(tiny_data), "log_interval": 5}
     done = run_here(train, *tiny(out_dir=out, **settings))
     return SimpleNamespace(out=out, settings=settings, stdout=done.stdout)
 
@@ -382,9 +382,7 @@ def test_a_resume_from_half_a_checkpoint_is_refused(whole, stopped):
 
 
 def settings_for(data_dir, out_dir, **changes):
-    return Settings(
-        **TINY | {"data_dir": str(data_dir), "out_dir": str(out_dir), "dtype": "float32"} | changes
-    )
+    return Settings(**TINY | {"data_dir": str(data_dir), "out_dir": str(out_dir)} | changes)
 
 
 def fresh_model(data_dir):
@@ -719,7 +717,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(spoil, at, noticed, 
 
 
 def test_a_learning_rate_far_too_high_is_one_line(arguments):
-    wild = {"learning_rate": 1e18, "optimizer": "adamw", "warmup_iters": 0, "dtype": "float32"}
+    wild = {"learning_rate": 1e18, "optimizer": "adamw", "warmup_iters": 0}
     assert_refused(train, arguments(**wild), "step 2:", "learning_rate")
 
 
@@ -749,7 +747,7 @@ def test_float16_gradients_that_always_overflow_end_the_run(tiny_data, tmp_path)
 
 # ---- Two processes ---------------------------------------------------------------------------------
 
-SHARED_STEPS = {"gradient_accumulation_steps": 2, "dtype": "float32", "optimizer": "adamw"}
+SHARED_STEPS = {"gradient_accumulation_steps": 2, "optimizer": "adamw"}
 
 
 def assert_same_curve(one, other):

@@ -78,8 +78,8 @@ from tools import check, export
 
 # ---- What all parts stand on -----------------------------------------------------------------------
 
-OFTEN = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_sequences": 4, "dtype": "float32"}
-QUICK = {"max_iters": 24, "save_interval": 2, "eval_interval": 5, "eval_sequences": 4, "dtype": "float32"}
+OFTEN = {"max_iters": 60, "save_interval": 3, "eval_interval": 7, "eval_sequences": 4}
+QUICK = {"max_iters": 24, "save_interval": 2, "eval_interval": 5, "eval_sequences": 4}
 
 
 class Ground:
