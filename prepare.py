@@ -414,21 +414,17 @@ def in_order(workers: list, function, blocks, *arguments):
 
     A worker has one block at a time, so that memory does not grow with the input.
     """
-    idle = deque(workers)
-    busy: deque = deque()
+    busy: deque = deque()  # the workers that compute, the one with the oldest block first
     for block in blocks:
-        if idle:
-            worker = idle.popleft()
-            send_call(worker, function, block, *arguments)
-            busy.append(worker)
+        if len(busy) < len(workers):
+            worker = workers[len(busy)]
         else:
             worker = busy.popleft()
-            result = receive_result(worker)
-            send_call(worker, function, block, *arguments)
-            busy.append(worker)
-            yield result
-    while busy:
-        yield receive_result(busy.popleft())
+            yield receive_result(worker)
+        send_call(worker, function, block, *arguments)
+        busy.append(worker)
+    for worker in busy:
+        yield receive_result(worker)
 
 
 def stories_by_digest(block: Block, args: argparse.Namespace) -> dict[int, str]:

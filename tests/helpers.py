@@ -26,16 +26,15 @@ SHARED = ROOT.parent / "shared" / "data"
 # ---- Commands --------------------------------------------------------------------------------------
 
 
-def run_here(module, *args, stdin="", check=True):
+def run_here(module, *args, check=True):
     """What `python MODULE.py ARGS` does, in this process: that spares the seconds in which PyTorch is loaded.
 
     Returns returncode, stdout and stderr, as of a finished process.
     """
     out = io.StringIO()
     err = io.StringIO()
-    before = sys.argv, sys.stdin
+    argv_before = sys.argv
     sys.argv = [module.__file__, *map(str, args)]
-    sys.stdin = io.StringIO(stdin)
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -43,7 +42,7 @@ def run_here(module, *args, stdin="", check=True):
     except SystemExit as e:
         code = e.code or 0
     finally:
-        sys.argv, sys.stdin = before
+        sys.argv = argv_before
     done = SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
     assert not check or code == 0, done.stderr + done.stdout
     return done
@@ -181,18 +180,18 @@ def metrics_of(folder):
     return [line for line in lines if line["step"] > 0]
 
 
+def lines_of(folder):
+    """The lines of `metrics_of` without what differs from run to run."""
+    measured = ("tokens_per_second", "peak_memory")
+    return [{k: v for k, v in line.items() if k not in measured} for line in metrics_of(folder)]
+
+
 def copy_files(folder, new, *names):
     """Some files of a run in a new folder, as a kill would have left them."""
     new.mkdir()
     for name in names:
         shutil.copy(folder / name, new)
     return new
-
-
-def lines_of(folder):
-    """The same without what differs from run to run."""
-    measured = ("tokens_per_second", "peak_memory")
-    return [{k: v for k, v in line.items() if k not in measured} for line in metrics_of(folder)]
 
 
 def same(a, b):

@@ -14,15 +14,20 @@ def test_it_goes_on_where_it_was_killed(project):
     pytest.importorskip("safetensors")
     out = project / "out"
     command = ("runs/speedrun.sh", "--quick")
-    process = start_bash(project, *command)
-    while process.poll() is None and not list(out.glob("quick_sft/ckpt_*.pt")):
+    killed = start_bash(project, *command)
+    said = ""
+    for line in killed.stdout:
+        said += line
+        if line == "== fine-tune\n":
+            break
+    while killed.poll() is None and not list(out.glob("quick_sft/ckpt_*.pt")):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    before, _ = process.communicate()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
     again = start_bash(project, *command)
-    after, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors[-1000:]
-    said = before + after
+    stdout, stderr = again.communicate(timeout=600)
+    assert again.returncode == 0, stderr[-1000:]
+    said += stdout
     assert "resuming at step 24" in said  # pretraining was over
     assert said.count("== prepare\n") == 1 and said.count("== evaluate out/quick\n") == 1
 
